@@ -1,0 +1,205 @@
+"""Options: every knob that a request or a Modelfile may turn, by Ollama's own names.
+
+One frozen record with a default and a range for each name, checked once, here. A different choice
+is a new record: `defaults.updated(model_parameters).updated(request_options)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refollama.errors import BadOption
+
+log = logging.getLogger(__name__)
+
+Value = bool | int | float | tuple[str, ...]
+
+# Options that Ollama's documents name and that this version does not act on yet. They are checked
+# for their type, kept in Modelfiles, and answered with a warning: nothing is swallowed in silence.
+NOT_YET: Mapping[str, type] = {
+    "num_keep": int,
+    "min_p": float,
+    "tfs_z": float,
+    "typical_p": float,
+    "mirostat": int,
+    "mirostat_tau": float,
+    "mirostat_eta": float,
+    "numa": bool,
+    "num_gqa": int,
+    "num_gpu": int,
+    "main_gpu": int,
+    "low_vram": bool,
+    "logits_all": bool,
+    "vocab_only": bool,
+    "use_mmap": bool,
+    "use_mlock": bool,
+    "embedding_only": bool,
+    "rope_frequency_base": float,
+    "rope_frequency_scale": float,
+    "num_thread": int,
+}
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list of strings"}
+
+
+def _knob(default: Value, allowed: str = "", ok: Callable[[Any], bool] | None = None) -> Any:
+    """A field with its range, as a test and in words."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "ok": ok})
+
+
+def _at_least(low: float) -> dict[str, Any]:
+    return {"allowed": f"{low} or more", "ok": lambda value: value >= low}
+
+
+def _between(low: float, high: float) -> dict[str, Any]:
+    return {"allowed": f"between {low} and {high}", "ok": lambda value: low <= value <= high}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one answer is to be made.
+
+    Raises: BadOption (status 400), with the option's name and what is allowed.
+    Source: Ollama's Modelfile and API documents; defaults are those of December 2023.
+    """
+
+    # context and memory
+    num_ctx: int = _knob(2048, **_at_least(0))  # tokens; 0 = as long as the model was trained for
+    num_batch: int = _knob(512, **_at_least(1))  # tokens of the prompt read in one step
+    f16_kv: bool = _knob(True)  # the cache in float16; false = float32
+
+    # length
+    num_predict: int = _knob(-1, **_at_least(-2))  # -1 = until it ends, -2 = until num_ctx is full
+    stop: tuple[str, ...] = _knob(())  # the answer ends before any of these
+
+    # chance
+    seed: int = _knob(-1, **_between(-1, 2**63 - 1))  # -1 = a new one each time
+    temperature: float = _knob(0.8)  # 0 or less = always the likeliest token
+    top_k: int = _knob(40)  # 0 or less = all
+    top_p: float = _knob(0.9, **_between(0, 1))
+
+    # repetition
+    repeat_last_n: int = _knob(64, **_at_least(-1))  # tokens looked back at; -1 = num_ctx, 0 = off
+    repeat_penalty: float = _knob(1.1, allowed="more than 0", ok=lambda value: value > 0)
+    presence_penalty: float = _knob(0.0)
+    frequency_penalty: float = _knob(0.0)
+    penalize_newline: bool = _knob(True)
+
+    def updated(self, given: Mapping[str, Any], *, strict: bool = False) -> Options:
+        """A new record in which the given values win; `None` means not given.
+
+        `given` comes from JSON. Unknown names are warned about and ignored, or refused if strict.
+        """
+        known = {f.name: f for f in dataclasses.fields(self)}
+        changes: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in known:
+                if value is not None:
+                    changes[name] = _checked(known[name], value)
+            elif name in NOT_YET:
+                _pending(name, value, strict)
+            else:
+                _unknown(name, strict)
+        return dataclasses.replace(self, **changes)
+
+
+KNOWN = frozenset(f.name for f in dataclasses.fields(Options)) | frozenset(NOT_YET)
+
+
+def from_text(name: str, values: Sequence[str]) -> Any:
+    """The value of `PARAMETER name value…` of a Modelfile, checked, ready for JSON.
+
+    A scalar that is given several times keeps its first value; `stop` keeps all.
+    Raises: BadOption for an unknown name or a value that does not fit.
+    """
+    if name not in KNOWN:
+        raise BadOption(f"unknown parameter '{name}'; known are: {', '.join(sorted(KNOWN))}")
+    if name == "stop":
+        return list(values)
+    value = _read(name, _kind(name), values[0])
+    Options().updated({name: value} if name not in NOT_YET else {})
+    return value
+
+
+def _kind(name: str) -> type:
+    """bool, int, float or tuple: the type that an option holds."""
+    for field in dataclasses.fields(Options):
+        if field.name == name:
+            return type(field.default)
+    return NOT_YET[name]
+
+
+def _read(name: str, kind: type, text: str) -> bool | int | float:
+    """A scalar out of a Modelfile's text."""
+    booleans = {"true": True, "1": True, "t": True, "false": False, "0": False, "f": False}
+    try:
+        if kind is bool:
+            return booleans[text.lower()]
+        if kind is int:
+            return int(text)
+        return _finite(float(text))
+    except (KeyError, ValueError):
+        raise BadOption(f"parameter '{name}' must be {_KINDS[kind]}, not '{text}'") from None
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number
+
+
+def _checked(field: dataclasses.Field[Any], value: object) -> Value:
+    """The value in the field's own type, or BadOption."""
+    kind = type(field.default)
+    fitted = _fit(field.name, kind, value)
+    ok = field.metadata["ok"]
+    if ok is not None and not ok(fitted):
+        allowed = field.metadata["allowed"]
+        raise BadOption(f"option '{field.name}' must be {allowed}, not {value!r}")
+    return fitted
+
+
+def _fit(name: str, kind: type, value: object) -> Value:
+    """JSON's types to ours: ints pass as floats, fractions are cut off, bools are no numbers."""
+    wrong = BadOption(f"option '{name}' must be {_KINDS[kind]}, not {_shown(value)}")
+    if kind is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise wrong
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong
+    try:
+        return int(value) if kind is int else _finite(float(value))
+    except (ValueError, OverflowError):  # NaN, infinity, or an integer that no float can hold
+        raise wrong from None
+
+
+def _shown(value: object) -> str:
+    """A value as a message may repeat it: never pages of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _pending(name: str, value: object, strict: bool) -> None:
+    if value is None:
+        return
+    _fit(name, NOT_YET[name], value)
+    problem = f"option '{name}' has no effect in this version"
+    if strict:
+        raise BadOption(problem)
+    log.warning("%s; ignored", problem)
+
+
+def _unknown(name: str, strict: bool) -> None:
+    if strict:
+        raise BadOption(f"unknown option {_shown(name)}; known are: {', '.join(sorted(KNOWN))}")
+    log.warning("unknown option %s ignored", _shown(name))
