@@ -44,16 +44,14 @@ NOT_YET: Mapping[str, type] = {
     "num_thread": int,
 }
 
+MOST = 2**31 - 1  # no count of tokens is larger
+
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list of strings"}
 
 
 def _knob(default: Value, allowed: str = "", ok: Callable[[Any], bool] | None = None) -> Any:
     """A field with its range, as a test and in words."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "ok": ok})
-
-
-def _at_least(low: float) -> dict[str, Any]:
-    return {"allowed": f"{low} or more", "ok": lambda value: value >= low}
 
 
 def _between(low: float, high: float) -> dict[str, Any]:
@@ -69,12 +67,16 @@ class Options:
     """
 
     # context and memory
-    num_ctx: int = _knob(2048, **_at_least(0))  # tokens; 0 = as long as the model was trained for
-    num_batch: int = _knob(512, **_at_least(1))  # tokens of the prompt read in one step
+    num_ctx: int = _knob(
+        2048, **_between(0, MOST)
+    )  # tokens; 0 = as long as the model was trained for
+    num_batch: int = _knob(512, **_between(1, MOST))  # tokens of the prompt read in one step
     f16_kv: bool = _knob(True)  # the cache in float16; false = float32
 
     # length
-    num_predict: int = _knob(-1, **_at_least(-2))  # -1 = until it ends, -2 = until num_ctx is full
+    num_predict: int = _knob(
+        -1, **_between(-2, MOST)
+    )  # -1 = until it ends, -2 = until num_ctx is full
     stop: tuple[str, ...] = _knob(())  # the answer ends before any of these
 
     # chance
@@ -84,7 +86,9 @@ class Options:
     top_p: float = _knob(0.9, **_between(0, 1))
 
     # repetition
-    repeat_last_n: int = _knob(64, **_at_least(-1))  # tokens looked back at; -1 = num_ctx, 0 = off
+    repeat_last_n: int = _knob(
+        64, **_between(-1, MOST)
+    )  # tokens looked back at; -1 = num_ctx, 0 = off
     repeat_penalty: float = _knob(1.1, allowed="more than 0", ok=lambda value: value > 0)
     presence_penalty: float = _knob(0.0)
     frequency_penalty: float = _knob(0.0)
@@ -160,7 +164,7 @@ def _checked(field: dataclasses.Field[Any], value: object) -> Value:
     ok = field.metadata["ok"]
     if ok is not None and not ok(fitted):
         allowed = field.metadata["allowed"]
-        raise BadOption(f"option '{field.name}' must be {allowed}, not {value!r}")
+        raise BadOption(f"option '{field.name}' must be {allowed}, not {_shown(value)}")
     return fitted
 
 

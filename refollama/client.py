@@ -1,0 +1,168 @@
+"""A thin, synchronous client: one method per route, records as the server sent them.
+
+Answers that take time are iterators. Nothing is sent before the first record is asked for, and
+closing the iterator closes the connection, which is how an answer is cancelled on the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from refollama.errors import (
+    BadRequest,
+    NotFound,
+    RefollamaError,
+    ServerBusy,
+    ServerUnreachable,
+)
+from refollama.host import base_url, on_this_machine
+from refollama.version import __version__
+
+Record = dict[str, Any]
+Records = Generator[Record, None, None]
+
+CONNECT_TIMEOUT = 10.0  # seconds; the network's part
+PROBE_TIMEOUT = 10.0  # seconds for an answer that needs no model
+BY_STATUS = {400: BadRequest, 404: NotFound, 503: ServerBusy}
+
+
+class Client:
+    """A server's routes as methods; `host` is written like OLLAMA_HOST, which is its default.
+
+    Raises, from every method: RefollamaError in the server's own words (BadRequest, NotFound or
+    ServerBusy where the status says so), ServerUnreachable when nobody answers.
+    """
+
+    def __init__(self, host: str | None = None) -> None:
+        self.url = base_url(os.environ if host is None else {"OLLAMA_HOST": host})
+        near = on_this_machine(self.url)
+        self._http = httpx.Client(
+            base_url=self.url,
+            # A model may think for an hour: only connecting has a limit.
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
+            headers={"User-Agent": f"refollama/{__version__}"},
+            trust_env=not near,  # a proxy's "localhost" is another machine
+            verify=self.url.startswith("https:"),  # loading certificates costs start-up time
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._http.close()
+
+    def is_running(self) -> bool:
+        """Whether a server answers here.
+
+        Raises: ServerUnreachable if something takes the connection and then stays silent.
+        """
+        try:
+            return self._http.head("/", timeout=PROBE_TIMEOUT).is_success
+        except httpx.ReadTimeout:
+            raise ServerUnreachable(f"the server at {self.url} does not answer") from None
+        except httpx.TransportError:
+            return False
+
+    def version(self) -> str:
+        """The server's version."""
+        return str(self._get("/api/version").get("version", ""))
+
+    def tags(self) -> list[Record]:
+        """The models that the server has: name, modified_at, size, digest, details."""
+        return list(self._get("/api/tags").get("models") or [])
+
+    def create(self, name: str, modelfile: str, directory: str | None = None) -> Records:
+        """Make a model; relative FROM paths start at `directory`. Yields progress records."""
+        body = {"model": name, "modelfile": modelfile, "directory": directory, "stream": True}
+        return self._stream("/api/create", body, lambda record: record.get("status") == "success")
+
+    def generate(self, model: str, prompt: str = "", **fields: Any) -> Records:
+        """Complete a prompt; an empty one loads the model. Yields pieces, then the final record.
+
+        `fields`: system, template, context, options, raw, …; None means not given.
+        """
+        body = {"model": model, "prompt": prompt, "stream": True, **fields}
+        return self._stream("/api/generate", body, lambda record: record.get("done") is True)
+
+    # -----------------------------------------------------------------------------------------
+
+    def _get(self, path: str) -> Record:
+        with self._explained():
+            answer = self._http.get(path, timeout=PROBE_TIMEOUT)
+        if not answer.is_success:
+            raise _refusal(answer)
+        return _record(answer.content)
+
+    def _stream(self, path: str, body: Record, is_last: Callable[[Record], bool]) -> Records:
+        given = {key: value for key, value in body.items() if value is not None}
+        finished = False
+        with self._explained(), self._http.stream("POST", path, json=given) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise _refusal(answer)
+            for line in lines(answer.iter_bytes()):
+                record = _record(line)
+                finished = is_last(record)
+                yield record
+        if not finished:
+            raise RefollamaError("the server's answer ended before it was complete")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """The transport's exceptions in words that help."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise ServerUnreachable(
+                f"could not connect to refollama at {self.url}; start it with 'refollama serve'"
+            ) from None
+        except httpx.TransportError as problem:
+            raise ServerUnreachable(
+                f"the connection to {self.url} broke: {str(problem) or type(problem).__name__}"
+            ) from None
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The non-empty lines in a stream of bytes that is cut anywhere.
+
+    Only a line feed ends a line: inside JSON text U+0085 and its kin are ordinary characters,
+    at which `str.splitlines` (and so httpx's own `iter_lines`) would cut.
+    """
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from filter(bytes.strip, whole)
+    if rest.strip():
+        yield rest
+
+
+def _record(line: bytes) -> Record:
+    """One JSON object; one that says `error` is raised."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one too
+        record = None
+    if not isinstance(record, dict):
+        raise RefollamaError(f"the server's answer is no JSON object: {line[:60]!r}")
+    if record.get("error"):
+        raise RefollamaError(str(record["error"]))
+    return record
+
+
+def _refusal(answer: httpx.Response) -> RefollamaError:
+    """What the server said, as the exception that its status stands for."""
+    kind = BY_STATUS.get(answer.status_code, RefollamaError)
+    try:
+        return kind(str(answer.json()["error"]))
+    except (ValueError, KeyError, TypeError):  # not JSON, or not of our form
+        return kind(f"{answer.url} answered {answer.status_code} {answer.reason_phrase}")

@@ -1,0 +1,1 @@
+"""MANY IDS OVER TIME."""

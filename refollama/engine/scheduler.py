@@ -1,0 +1,59 @@
+"""Who runs next. Prefill is one row, decode is one column, so no padding token ever exists.
+
+prefill   B = 1, T = n    ▒▒▒▒▒▒      a part of one prompt, at most num_batch tokens
+decode    B = n, T = 1    █           the newest token of every running sequence
+                          █
+                          █
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from refollama.engine.sequence import Sequence
+from refollama.errors import ServerBusy
+
+
+class Scheduler:
+    """Sequences that wait and sequences that hold a slot; no model, no thread, no clock."""
+
+    def __init__(self, slots: int, max_queue: int) -> None:
+        self.free = list(reversed(range(slots)))  # so that slot 0 is taken first
+        self.max_queue = max_queue
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._prefilled = False  # was the last step a prefill?
+
+    def add(self, seq: Sequence) -> None:
+        """Take a place in the queue.  Raises: ServerBusy when it is full."""
+        if len(self.waiting) >= self.max_queue:
+            raise ServerBusy(f"the server is busy: {self.max_queue} requests are waiting already")
+        self.waiting.append(seq)
+
+    def admit(self) -> list[Sequence]:
+        """Give the free slots to those who wait longest; returns the newcomers."""
+        new = []
+        while self.free and self.waiting:
+            seq = self.waiting.popleft()
+            seq.slot = self.free.pop()
+            self.running.append(seq)
+            new.append(seq)
+        return new
+
+    def next_step(self) -> list[Sequence]:
+        """One sequence that reads its prompt, or all that write; [] if there is nothing to do.
+
+        Both in turn while there are both, so a long prompt does not silence running answers.
+        """
+        readers = [seq for seq in self.running if seq.reading]
+        writers = [seq for seq in self.running if not seq.reading]
+        self._prefilled = bool(readers) and not (writers and self._prefilled)
+        return readers[:1] if self._prefilled else writers
+
+    def remove_done(self) -> list[Sequence]:
+        """Sequences that ended or were cancelled; their slots are free at once."""
+        done = [seq for seq in (*self.running, *self.waiting) if seq.done]
+        self.running = [seq for seq in self.running if not seq.done]
+        self.waiting = deque(seq for seq in self.waiting if not seq.done)
+        self.free += [seq.slot for seq in done if seq.slot is not None]
+        return done

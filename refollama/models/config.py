@@ -1,0 +1,145 @@
+"""What a model is, before any weight is read: sizes and constants from the file's metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from refollama.errors import FormatError, UnsupportedModel
+
+ARCHITECTURES = ("llama",)  # Mistral, CodeLlama, TinyLlama and Yi files say "llama" as well
+ROPE_SCALINGS = ("none", "linear")
+
+# Sizes beyond these are damage, not models; checked before anything is allocated by them.
+LARGEST = 2**31 - 1
+MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a model of the llama family.
+
+    The letters are those of the shapes in the code: H query heads, Hk key heads, D head width.
+    Source: GGUF metadata keys of architecture "llama".
+    """
+
+    n_layers: int
+    n_heads: int  # H
+    n_kv_heads: int  # Hk; each serves H / Hk query heads
+    d_head: int  # D
+    d_model: int
+    d_ff: int
+    n_ctx: int  # tokens that the model was trained to look back on
+    norm_eps: float
+    rope_base: float = 10000.0
+    rope_scale: float = 1.0  # positions are multiplied by it: 1/4 stretches the context fourfold
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> ModelConfig:
+        """Read the `llama.*` keys of a GGUF file.
+
+        Raises: UnsupportedModel for another architecture or a variant that is not built yet;
+        FormatError for a key that is missing or makes no sense.
+        """
+        _supported(metadata)
+        keys = Keys(metadata, "llama.")
+        heads = keys.size("attention.head_count")
+        width = keys.size("embedding_length")
+        config = cls(
+            n_layers=keys.size("block_count", most=MOST_LAYERS),
+            n_heads=heads,
+            n_kv_heads=keys.size("attention.head_count_kv", default=heads),
+            d_head=keys.size("attention.key_length", default=width // heads),
+            d_model=width,
+            d_ff=keys.size("feed_forward_length"),
+            n_ctx=keys.size("context_length"),
+            norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rope_base=keys.number("rope.freq_base", default=10000.0),
+            rope_scale=_rope_scale(keys),
+        )
+        config._check(keys)
+        return config
+
+    def _check(self, keys: Keys) -> None:
+        """What must hold between the sizes."""
+        if self.n_heads % self.n_kv_heads:
+            raise FormatError(
+                f"llama.attention.head_count is {self.n_heads}, which is no multiple of "
+                f"head_count_kv = {self.n_kv_heads}"
+            )
+        if self.d_head % 2:
+            raise FormatError(f"a head is {self.d_head} wide; rotation needs an even width")
+        rotated = keys.size("rope.dimension_count", default=self.d_head)
+        if rotated != self.d_head:
+            raise UnsupportedModel(
+                f"llama.rope.dimension_count is {rotated}; expected the whole head, {self.d_head}"
+            )
+        valued = keys.size("attention.value_length", default=self.d_head)
+        if valued != self.d_head:
+            raise UnsupportedModel(
+                f"llama.attention.value_length is {valued}; expected key_length, {self.d_head}"
+            )
+
+
+def _supported(metadata: Mapping[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        found = "missing" if architecture is None else repr(architecture)
+        raise UnsupportedModel(
+            f"general.architecture is {found}; supported are: {', '.join(ARCHITECTURES)}"
+        )
+    if metadata.get("llama.expert_count", 0):
+        raise UnsupportedModel(
+            f"a mixture of {metadata['llama.expert_count']} experts; "
+            "expected a dense model (llama.expert_count absent or 0)"
+        )
+
+
+def _rope_scale(keys: Keys) -> float:
+    """1/factor for linear scaling.  Source: `rope.scaling.*`, or the older `rope.scale_linear`."""
+    kind = keys.metadata.get("llama.rope.scaling.type", "linear")
+    if kind not in ROPE_SCALINGS:
+        raise UnsupportedModel(
+            f"llama.rope.scaling.type is {kind!r}; supported are: {', '.join(ROPE_SCALINGS)}"
+        )
+    factor = keys.number("rope.scaling.factor", default=keys.number("rope.scale_linear", 0.0))
+    return 1.0 if kind == "none" or factor == 0 else 1.0 / factor
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Metadata under one prefix, each value checked as it is taken."""
+
+    metadata: Mapping[str, Any]
+    prefix: str
+
+    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """A count from 1 to `most`, stored as any kind of integer."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FormatError(f"{self.prefix}{key} must be one integer, not {_shown(value)}")
+        if not 1 <= value <= most:
+            raise FormatError(f"{self.prefix}{key} is {value}; expected 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number, zero or more."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise FormatError(f"{self.prefix}{key} must be one number, not {_shown(value)}")
+        if not 0 <= float(value) < float("inf"):
+            raise FormatError(f"{self.prefix}{key} is {value}; expected a finite number, 0 or more")
+        return float(value)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(self.prefix + key, default)
+        if value is None:
+            raise FormatError(f"the file does not say {self.prefix}{key}")
+        return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

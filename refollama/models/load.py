@@ -1,0 +1,88 @@
+"""Files → models: the one page that knows both tensor names and modules.
+
+Modules are named after the file's tensors, so nothing is renamed: a module at `blk.3.attn_q` takes
+the tensor `blk.3.attn_q.weight`. What remains is to check that every tensor has the shape that the
+model asks for, and that the model asks for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from refollama.errors import FormatError, UnsupportedModel
+from refollama.models.config import ModelConfig
+from refollama.models.layers import Embedding, Linear, RMSNorm
+from refollama.models.llama import Llama
+from refollama.weights import QuantTensor, open_weights
+from refollama.weights.gguf import open_gguf
+
+IGNORED = ("attn_rot_embd.weight",)  # endings of tensors that old converters wrote and nobody reads
+SHOWN = 5  # names in an error message
+
+
+def load_net(path: str | Path) -> Llama:
+    """A GGUF file as a model; the weights stay where they are, packed, and are read when used.
+
+    Raises: FormatError, UnsupportedModel (what was found, what was expected), OSError.
+    """
+    metadata = open_gguf(path).metadata
+    parts = FileParts(open_weights(path), Path(path).name)
+    net = Llama(ModelConfig.from_metadata(metadata), parts)
+    parts.check_all_used()
+    return net.eval()
+
+
+class FileParts:
+    """The tensors of one file, handed out by module name, each checked for its shape."""
+
+    def __init__(self, weights: Mapping[str, QuantTensor], source: str) -> None:
+        self.weights = weights
+        self.source = source
+        self.used: set[str] = set()
+
+    def linear(self, name: str, n_out: int, n_in: int) -> Linear:
+        tensor = self._take(f"{name}.weight", (n_out, n_in))
+        return Linear(tensor.data, tensor.layout.unpack_rows)
+
+    def norm(self, name: str, width: int, eps: float) -> RMSNorm:
+        return RMSNorm(self._take(f"{name}.weight", (width,)).unpack(), eps)
+
+    def embedding(self, name: str, width: int) -> Embedding:
+        """Any number of rows: this tensor is what decides the size of the vocabulary."""
+        tensor = self._take(f"{name}.weight", (None, width))
+        return Embedding(tensor.data, tensor.layout.unpack_rows)
+
+    def has(self, name: str) -> bool:
+        return f"{name}.weight" in self.weights
+
+    def check_all_used(self) -> None:
+        """A tensor that nobody asked for means a model that we do not know."""
+        left = [n for n in self.weights if n not in self.used and not n.endswith(IGNORED)]
+        if left:
+            more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+            raise UnsupportedModel(
+                f"{self.source}: tensors that a llama model of this shape does not have: "
+                f"{', '.join(left[:SHOWN])}{more}"
+            )
+
+    def _take(self, name: str, shape: tuple[int | None, ...]) -> QuantTensor:
+        if name not in self.weights:
+            raise FormatError(
+                f"{self.source}: tensor {name} is missing; expected, of shape {_text(shape)}"
+            )
+        tensor = self.weights[name]
+        fits = len(tensor.shape) == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise FormatError(
+                f"{self.source}: tensor {name} has shape {_text(tensor.shape)}; "
+                f"expected {_text(shape)}"
+            )
+        self.used.add(name)
+        return tensor
+
+
+def _text(shape: tuple[int | None, ...]) -> str:
+    return " × ".join("any" if n is None else str(n) for n in shape)

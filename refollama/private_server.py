@@ -1,0 +1,148 @@
+"""A server for one command: started when nobody listens, gone when the command is.
+
+    refollama run ─┬─ stdin pipe ───► refollama serve --until-stdin-closes
+                   └─ HTTP, free port ►
+
+The pipe carries nothing. The system closes it however the command ends, even by kill -9, and the
+server takes that as its signal to leave; so no way of dying leaves a server behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import IO, NoReturn
+
+from refollama.errors import RefollamaError, ServerUnreachable
+from refollama.host import LOOPBACK
+
+START_TIMEOUT = 60.0  # seconds; importing torch from a cold disk takes many of them
+POLL_EVERY = 0.05  # seconds; shorter than anyone notices
+GRACE = 5.0  # seconds between asking a process to leave and making it
+LOG_TAIL = 2000  # bytes of the log that an error repeats: its last screen
+
+
+def command(port: int) -> list[str]:
+    """The command line that starts a server of ours on a port of this machine."""
+    where = f"{LOOPBACK}:{port}"
+    return [sys.executable, "-m", "refollama", "serve", "--host", where, "--until-stdin-closes"]
+
+
+@contextmanager
+def private_server() -> Iterator[str]:
+    """Start a server and give its URL; stop exactly that process at the end.
+
+    Raises: ServerUnreachable, with the end of its log, if it does not start or dies early.
+    """
+    port = _free_port()
+    url = f"http://{LOOPBACK}:{port}"
+    with tempfile.TemporaryFile() as log, _leaving_on_sigterm():
+        process = _start(port, log)
+        try:
+            _wait_until_it_answers(process, url, log)
+            yield url
+        except ServerUnreachable:
+            _explain_death(process, log)
+            raise
+        finally:
+            _stop(process)
+
+
+def stop_when_stdin_closes() -> None:
+    """The server's half: end this process soon after standard input has ended."""
+    threading.Thread(target=_watch_stdin, name="stdin watcher", daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(port),
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        # Ctrl-C stops an answer; it reaches the terminal's whole group, and the server must stay.
+        start_new_session=True,
+    )
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
+    from refollama.client import Client
+
+    deadline = time.monotonic() + START_TIMEOUT
+    with Client(url) as client:
+        while not client.is_running():
+            if process.poll() is not None:
+                raise RefollamaError(f"the server did not start:\n{_tail(log)}")
+            if time.monotonic() > deadline:
+                raise RefollamaError(
+                    f"the server did not answer within {START_TIMEOUT:.0f} s:\n{_tail(log)}"
+                )
+            time.sleep(POLL_EVERY)
+
+
+def _explain_death(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    """Raise what a dead server wrote last; do nothing if it lives."""
+    try:
+        process.wait(1)  # its connections end a moment before it does
+    except subprocess.TimeoutExpired:
+        return
+    raise ServerUnreachable(f"the server ended unexpectedly:\n{_tail(log)}") from None
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _tail(log: IO[bytes]) -> str:
+    """The end of the log. The file is shared with its writer, but not through this handle."""
+    end = os.fstat(log.fileno()).st_size
+    start = max(0, end - LOG_TAIL)
+    return os.pread(log.fileno(), end - start, start).decode("utf-8", "replace").strip()
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like any other exit, so that the server is stopped, too."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(signum: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def _watch_stdin() -> None:
+    # Not through sys.stdin: its lock, held by a waiting thread, would abort the interpreter's end.
+    with suppress(OSError):  # closed from the start
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)

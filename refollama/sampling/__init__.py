@@ -1,0 +1,1 @@
+"""LOGITS → TOKEN ID."""

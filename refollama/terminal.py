@@ -1,0 +1,267 @@
+"""What the user sees and types: sizes, ages, durations, progress, a spinner, the prompt line.
+
+Everything that moves goes to standard error and only if that is a terminal; standard output
+carries answers and nothing else. rich and prompt_toolkit are imported where they are used: most
+commands need neither.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+
+Record = dict[str, Any]
+
+NANOSECOND = 1
+MICROSECOND = 1_000
+MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+
+
+# --- numbers as people read them -------------------------------------------------------------
+
+
+def human_size(size: int) -> str:
+    """Decimal units, two digits at most below ten.  Units: bytes.
+
+    Example: 999 → 999 B, 3_825_819_519 → 3.8 GB, 4_000_000_000 → 4 GB, 39_900_000_000 → 39 GB
+    """
+    for unit, power in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= power:
+            value = size / power
+            fraction = value < 10 and not value.is_integer()
+            return f"{value:.1f} {unit}" if fraction else f"{int(value)} {unit}"
+    return f"{size} B"
+
+
+def human_age(moment: datetime | None, now: datetime | None = None) -> str:
+    """How long ago something was, in one unit; `Never` if it has no time."""
+    if moment is None or moment.year <= 1:
+        return "Never"
+    seconds = ((now or datetime.now(timezone.utc)) - moment).total_seconds()
+    return f"{_span(abs(seconds))} {'from now' if seconds < 0 else 'ago'}"
+
+
+def _span(seconds: float) -> str:
+    """The steps of Ollama's `list`: each unit takes over where its number says something."""
+    hours = math.floor(seconds / 3600 + 0.5)
+    steps = (
+        (seconds < 1, "Less than a second"),
+        (seconds < 2, "1 second"),
+        (seconds < 60, f"{int(seconds)} seconds"),
+        (seconds < 120, "About a minute"),
+        (seconds < 3600, f"{int(seconds / 60)} minutes"),
+        (hours == 1, "About an hour"),
+        (hours < 48, f"{hours} hours"),
+        (hours < 24 * 14, f"{hours // 24} days"),
+        (hours < 24 * 60, f"{hours // 24 // 7} weeks"),
+        (hours < 24 * 365 * 2, f"{hours // 24 // 30} months"),
+        (True, f"{hours // 24 // 365} years"),
+    )
+    return next(text for reached, text in steps if reached)
+
+
+def read_time(text: str) -> datetime | None:
+    """An RFC 3339 time; None if it is not one.
+
+    Example: 2023-12-15T10:00:00.123456789+01:00, of which Python can hold six digits
+    """
+    head, dot, tail = text.strip().replace("Z", "+00:00").partition(".")
+    digits = len(tail) - len(tail.lstrip("0123456789"))
+    fraction = f"{dot}{tail[:digits][:6]:0<6}" if dot else ""
+    try:
+        moment = datetime.fromisoformat(head + fraction + tail[digits:])
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def go_duration(nanoseconds: int) -> str:
+    """A duration as Go prints it.
+
+    Example: 3_723_500_000_000 → 1h2m3.5s, 130_079_000 → 130.079ms, 1_500 → 1.5µs, 0 → 0s
+    """
+    if nanoseconds < 0:
+        return "-" + go_duration(-nanoseconds)
+    for unit, size in (("ns", NANOSECOND), ("µs", MICROSECOND), ("ms", MILLISECOND)):
+        if 0 < nanoseconds < 1000 * size:
+            return _decimal(nanoseconds, size) + unit
+    minutes, rest = divmod(nanoseconds, 60 * SECOND)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{text}{_decimal(rest, SECOND)}s"
+
+
+def _decimal(amount: int, unit: int) -> str:
+    """amount / unit, exactly, without zeros at the end: floats would round long durations."""
+    whole, rest = divmod(amount, unit)
+    digits = f"{rest:0{len(str(unit)) - 1}d}".rstrip("0") if rest else ""
+    return f"{whole}.{digits}" if digits else str(whole)
+
+
+def statistics(record: Mapping[str, Any]) -> str:
+    """The counts and durations of a final record, one line each; zeros are left out."""
+    rows: list[tuple[str, str]] = []
+    for name in ("total", "load"):
+        rows += _duration_row(f"{name} duration", record.get(f"{name}_duration"))
+    for name in ("prompt eval", "eval"):
+        key = name.replace(" ", "_")
+        count, duration = record.get(f"{key}_count") or 0, record.get(f"{key}_duration") or 0
+        rows += [(f"{name} count", f"{count} token(s)")] if count else []
+        rows += _duration_row(f"{name} duration", duration)
+        rows += _rate_row(f"{name} rate", count, duration)
+    return "\n".join(f"{label + ':':<21} {value}" for label, value in rows)
+
+
+def _duration_row(label: str, nanoseconds: int | None) -> list[tuple[str, str]]:
+    return [(label, go_duration(nanoseconds))] if nanoseconds else []
+
+
+def _rate_row(label: str, count: int, nanoseconds: int) -> list[tuple[str, str]]:
+    if not (count and nanoseconds):
+        return []
+    return [(label, f"{count / nanoseconds * SECOND:.2f} tokens/s")]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Left-aligned columns with a tab between them, so that both eyes and `cut` can read it."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "\t".join(map(str.ljust, line, widths)).rstrip()
+        for line in lines  # type: ignore[arg-type]
+    )
+
+
+# --- things that move ------------------------------------------------------------------------
+
+
+def spinner(text: str) -> AbstractContextManager[object]:
+    """Something that turns on standard error, while there is nothing else to show."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def until_first(records: Iterable[Record], text: str) -> Iterator[Record]:
+    """The same records, with a spinner until the first one has come."""
+    records = iter(records)
+    with spinner(text):
+        first = next(records, None)
+    if first is not None:
+        yield first
+        yield from records
+
+
+def show_progress(records: Iterable[Record]) -> None:
+    """Show progress records as they come: bars where a total is known, else a line per status."""
+    if sys.stderr.isatty():
+        _show_bars(records)
+    else:
+        _show_lines(records)
+
+
+def _show_lines(records: Iterable[Record]) -> None:
+    """Each status once: a log has no use for a bar."""
+    shown = None
+    for record in records:
+        status = str(record.get("status", ""))
+        if status != shown:
+            print(status, file=sys.stderr, flush=True)
+        shown = status
+
+
+def _show_bars(records: Iterable[Record]) -> None:
+    """A bar for each digest, with bytes, rate and time left; other statuses scroll above."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    shown = None
+    bars: dict[str, progress.TaskID] = {}
+    with progress.Progress(*columns, console=Console(stderr=True)) as display:
+        for record in records:
+            status, total = str(record.get("status", "")), record.get("total")
+            if total:
+                key = record.get("digest") or status
+                if key not in bars:
+                    bars[key] = display.add_task(status)
+                done = record.get("completed") or 0
+                display.update(bars[key], description=status, total=total, completed=done)
+            elif status != shown:
+                display.console.print(status, markup=False, highlight=False)
+            shown = status
+
+
+# --- the prompt line -------------------------------------------------------------------------
+
+QUOTES = '"""'
+PLACEHOLDER = "Send a message (/? for help)"
+PLACEHOLDER_IN_QUOTES = f"Use {QUOTES} to end multi-line input"
+
+
+class PromptLine:
+    """Asks for one message after another; remembers them for the arrow keys."""
+
+    def __init__(self, history: Path | None) -> None:
+        from prompt_toolkit import PromptSession
+
+        self._session: PromptSession[str] = PromptSession(history=_history(history))
+
+    def messages(self) -> Generator[str, None, None]:
+        """What the user types, until Ctrl-D. Ctrl-C drops what stands there."""
+        while True:
+            try:
+                yield self._message()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self._session.default_buffer.text:
+                    print("\nUse Ctrl-D or /bye to exit.\n")
+
+    def _message(self) -> str:
+        text = self._line(">>> ", PLACEHOLDER)
+        if not text.startswith(QUOTES):
+            return text
+        text = text.removeprefix(QUOTES)
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + self._line("... ", PLACEHOLDER_IN_QUOTES)
+        return text.rstrip().removesuffix(QUOTES)
+
+    def _line(self, prompt: str, placeholder: str) -> str:
+        from prompt_toolkit.formatted_text import FormattedText
+
+        hint = FormattedText([("fg:ansibrightblack", placeholder)])
+        return self._session.prompt(prompt, placeholder=hint)
+
+
+def _history(path: Path | None) -> History:
+    """A history in a file that only its owner reads; in memory if the disk says no."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    if path is None:
+        return InMemoryHistory()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -1,0 +1,201 @@
+"""The engine against the textbook loop, and its manners: cancelling, queueing, failing, closing."""
+
+import itertools
+import threading
+import time
+
+import pytest
+
+from refollama.engine.engine import Engine
+from refollama.engine.generate import generate
+from refollama.errors import BadRequest, PromptTooLong, RefollamaError, ServerBusy
+from refollama.options import Options
+from tests.engine.fake import V, FakeNet, expected
+
+GREEDY = Options(temperature=0, repeat_penalty=1.0, f16_kv=False, num_predict=20)
+
+
+@pytest.fixture
+def engine():
+    engines = []
+
+    def make(net=None, **how):
+        engines.append(Engine(net or FakeNet(), f16_kv=False, **how))
+        return engines[-1]
+
+    yield make
+    for one in engines:
+        one.close()
+
+
+def wait_until(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def test_the_textbook_loop_computes_the_net():
+    assert list(generate(FakeNet(), [5, 6, 7], GREEDY)) == expected([5, 6, 7], 20)
+
+
+@pytest.mark.parametrize("options", [GREEDY, GREEDY.updated({"temperature": 60, "seed": 4})])
+def test_the_engine_gives_the_tokens_of_the_textbook_loop(engine, options):
+    prompt = [5, 6, 7]
+    assert list(engine().stream(prompt, options)) == list(generate(FakeNet(), prompt, options))
+
+
+@pytest.mark.parametrize("num_batch", [1, 2, 3, 512])
+def test_reading_the_prompt_in_parts_changes_nothing(engine, num_batch):
+    net = FakeNet()
+    options = GREEDY.updated({"num_batch": num_batch})
+    assert list(engine(net).stream(range(1, 8), options)) == expected(range(1, 8), 20)
+    assert max(width for _, width in net.steps) == min(num_batch, 7)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_many_at_once_equal_each_alone(engine, slots):
+    one = engine(slots=slots)
+    prompts = [list(range(n, 2 * n + 1)) for n in range(1, 9)]
+    answers = {}
+
+    def ask(n):
+        answers[n] = list(one.stream(prompts[n], GREEDY))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {n: expected(prompts[n], 20) for n in range(8)}
+
+
+def test_a_step_is_one_row_or_one_column(engine):
+    net = FakeNet()
+    one = engine(net, slots=4)
+    streams = [one.stream(range(1, 5 + n), GREEDY) for n in range(4)]
+    for stream in streams:
+        list(stream)
+    assert all(1 in shape for shape in net.steps)
+    assert any(rows > 1 for rows, _ in net.steps)
+
+
+def test_running_answers_go_on_while_a_long_prompt_is_read(engine):
+    net = FakeNet(before_step=lambda tokens: time.sleep(0.001))
+    one = engine(net, slots=2)
+    talking = one.stream([1], GREEDY.updated({"num_predict": 300}))
+    next(talking)
+    list(one.stream(range(1, 200), GREEDY.updated({"num_batch": 1, "num_predict": 1})))
+    prefill = [i for i, shape in enumerate(net.steps) if shape == (1, 1)]
+    assert len(talking.sequence.answer) > 100, prefill
+
+
+@pytest.mark.parametrize(
+    ("num_predict", "num_ctx", "count"),
+    [(0, 0, 0), (1, 0, 1), (20, 0, 20), (-1, 10, 8), (-2, 10, 8), (20, 10, 8), (-1, 0, 510)],
+)
+def test_num_predict_is_exact_and_the_context_is_filled(engine, num_predict, num_ctx, count):
+    """Three tokens of prompt and n of answer: the last one needs no place of its own."""
+    options = GREEDY.updated({"num_predict": num_predict, "num_ctx": num_ctx})
+    stream = engine().stream([1, 2, 3], options)
+    assert len(list(stream)) == count
+    assert stream.sequence.done_reason == "length"
+    assert len(list(generate(FakeNet(), [1, 2, 3], options))) == count
+
+
+def test_the_end_token_ends_and_is_not_shown(engine):
+    answer = expected([3], 20)
+    eos = answer[6]
+    stream = engine(eos=[eos]).stream([3], GREEDY)
+    assert list(stream) == answer[: answer.index(eos)]
+    assert stream.sequence.done_reason == "stop"
+    assert list(generate(FakeNet(), [3], GREEDY, eos=[eos])) == answer[: answer.index(eos)]
+
+
+def test_closing_frees_the_slot_for_the_next_at_once(engine):
+    one = engine(slots=1)
+    endless = one.stream([1], GREEDY.updated({"num_predict": -1}))
+    next(endless)
+    waiting = one.stream([2], GREEDY)
+    assert waiting.sequence.slot is None
+    endless.close()
+    assert list(waiting) == expected([2], 20)
+    wait_until(lambda: one.active == 0)
+
+
+def test_a_stream_that_is_dropped_is_cancelled(engine):
+    net = FakeNet(before_step=lambda tokens: time.sleep(0.005))
+    one = engine(net)
+    stream = one.stream([1], GREEDY.updated({"num_predict": -1}))
+    next(stream)
+    del stream
+    wait_until(lambda: one.active == 0)
+    assert len(net.steps) < 100
+
+
+def test_closing_while_waiting_leaves_the_queue(engine):
+    one = engine(slots=1)
+    first = one.stream([1], GREEDY.updated({"num_predict": -1}))
+    with one.stream([2], GREEDY):
+        pass
+    wait_until(lambda: one.active == 1)
+    first.close()
+    assert list(itertools.islice(first, 1)) == []
+
+
+def test_a_full_queue_says_so(engine):
+    release = threading.Event()
+    one = engine(FakeNet(before_step=lambda tokens: release.wait(5)), slots=1, max_queue=1)
+    streams = [one.stream([1], GREEDY)]
+    wait_until(lambda: streams[0].sequence.slot is not None)
+    streams.append(one.stream([1], GREEDY))
+    with pytest.raises(ServerBusy):
+        one.stream([1], GREEDY)
+    release.set()
+    assert [list(s) for s in streams] == [expected([1], 20)] * 2
+
+
+def test_a_net_that_fails_ends_its_sequence_and_not_the_engine(engine):
+    def fail(tokens):
+        if tokens.shape[1] == 2:
+            raise RuntimeError("out of memory")
+
+    one = engine(FakeNet(before_step=fail))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(one.stream([66, 66], GREEDY))
+    assert list(one.stream([1], GREEDY)) == expected([1], 20)
+    assert one.active == 0
+
+
+def test_closing_the_engine_ends_the_running_and_refuses_the_next(engine):
+    one = engine(FakeNet(before_step=lambda tokens: time.sleep(0.002)))
+    stream = one.stream([1], GREEDY.updated({"num_predict": -1}))
+    next(stream)
+    one.close()
+    one.close()
+    with pytest.raises(RefollamaError, match="unloaded"):
+        list(stream)
+    with pytest.raises(RefollamaError, match="unloaded"):
+        one.stream([1], GREEDY)
+
+
+@pytest.mark.parametrize(("prompt", "error"), [([1] * 513, PromptTooLong), ([], BadRequest)])
+def test_prompts_that_cannot_be_run(engine, prompt, error):
+    with pytest.raises(error):
+        engine().stream(prompt, GREEDY.updated({"num_ctx": 0}))
+    with pytest.raises(error):
+        list(generate(FakeNet(), prompt, GREEDY.updated({"num_ctx": 0})))
+
+
+def test_times_are_taken_in_order(engine):
+    stream = engine().stream([1, 2], GREEDY)
+    list(stream)
+    seq = stream.sequence
+    assert 0 < seq.started <= seq.prompt_read <= seq.ended
+
+
+def test_the_cache_of_the_last_sequence_does_not_leak_into_the_next(engine):
+    one = engine(slots=1)
+    list(one.stream(range(1, 90), GREEDY))
+    assert list(one.stream([4], GREEDY)) == expected([4], 20)
+    assert V > 4

@@ -1,0 +1,100 @@
+"""Filters against enumeration and against published tables."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refollama.sampling import filters
+
+TENTHS = [0.1, 0.2, 0.3, 0.4]
+
+logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
+
+
+def logits_of(probs):
+    return torch.tensor(probs).log()
+
+
+def kept(logits):
+    return {i for i, x in enumerate(logits.tolist()) if x > -math.inf}
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, {3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (0, {0, 1, 2, 3})]
+)
+def test_top_k_table(k, expected):
+    assert kept(filters.top_k(logits_of(TENTHS), k)) == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0, {3}), (0.7, {2, 3}), (0.8, {1, 2, 3}), (1, {0, 1, 2, 3})]
+)
+def test_top_p_table(p, expected):
+    assert kept(filters.top_p(logits_of(TENTHS), p)) == expected
+
+
+@pytest.mark.parametrize(
+    ("window", "repeat", "frequency", "presence", "expected"),
+    [
+        ([0], 50, 0, 0, [0.25, 0.25, 0.25, 0.25, 0]),
+        ([0, 1, 2], 50, 0, 0, [0.5, 0.5, 0, 0, 0]),
+        ([0, 1, 2, 0, 0], 50, 0, 0, [0.5, 0.5, 0, 0, 0]),
+        ([0], 1, 5, 5, [0.249997] * 4 + [0.000011]),
+        ([0, 1, 2], 1, 5, 5, [0.499966] * 2 + [0.000023] * 3),
+        ([0, 1, 2, 0, 0], 1, 5, 5, [0.499977] * 2 + [0.000023] * 2 + [0]),
+    ],
+)
+def test_penalties_table(window, repeat, frequency, presence, expected):
+    """The values that llama.cpp's own sampler test states, for five equal candidates."""
+    out = filters.penalize(logits_of([0.2] * 5), window, repeat, presence, frequency)
+    probs = out.softmax(0).sort(descending=True).values
+    torch.testing.assert_close(probs, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@given(logit_lists, st.integers(-1, 14))
+def test_top_k_keeps_exactly_k_and_none_better_is_dropped(values, k):
+    logits = torch.tensor(values)
+    keep = kept(filters.top_k(logits, k))
+    assert len(keep) == (k if 0 < k < len(values) else len(values))
+    worst = min(values[i] for i in keep)
+    assert all(values[i] <= worst for i in range(len(values)) if i not in keep)
+
+
+@given(logit_lists, st.floats(0, 1))
+def test_top_p_is_the_shortest_prefix_that_reaches_p(values, p):
+    """Enumerated in plain Python, best first, lower id first among equals."""
+    total = math.fsum(math.exp(x) for x in values)
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    sums = [math.fsum(math.exp(values[i]) / total for i in order[:n]) for n in range(len(order))]
+    if any(abs(s - p) < 1e-5 for s in sums):
+        return  # a tie that rounding decides
+    wanted = {order[n] for n in range(len(order)) if n == 0 or sums[n] < p or p == 1}
+    assert kept(filters.top_p(torch.tensor(values), p)) == wanted
+
+
+@given(logit_lists)
+def test_filters_change_nothing_but_what_they_drop_and_never_their_input(values):
+    logits = torch.tensor(values)
+    before = logits.clone()
+    for out in (filters.top_k(logits, 3), filters.top_p(logits, 0.5)):
+        same = out == before
+        assert (same | (out == -math.inf)).all()
+    filters.penalize(logits, [0], 1.3, 0.5, 0.5)
+    assert torch.equal(logits, before)
+
+
+@given(logit_lists)
+def test_candidates_come_best_first_with_probabilities(values):
+    ids, probs = filters.candidates(torch.tensor(values))
+    assert sorted(ids.tolist()) == list(range(len(values)))
+    assert all(a >= b for a, b in pairwise(probs.tolist()))
+    assert math.isclose(float(probs.sum()), 1, abs_tol=1e-9)
+
+
+def test_repeat_penalty_counts_once_and_respects_the_sign():
+    out = filters.penalize(torch.tensor([2.0, -2.0, 1.0]), [0, 0, 1], 2.0, 0.0, 0.0)
+    assert out.tolist() == [1.0, -4.0, 1.0]
