@@ -1,0 +1,43 @@
+"""refollama: Ollama, rebuilt in readable Python and PyTorch.
+
+    import refollama
+
+    llm = refollama.load("model.gguf")  # a file, or a name in the store
+    for piece in llm.stream("Once upon a time", options={"temperature": 0}):
+        print(piece, end="")
+
+Importing the package imports neither torch nor anything else that is slow: that happens when a
+model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refollama.options import Options
+from refollama.version import __version__
+
+if TYPE_CHECKING:
+    from refollama.loaded import LoadedModel
+    from refollama.text.tokenizer import Tokenizer
+
+__all__ = ["Options", "__version__", "load", "load_tokenizer"]
+
+
+def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
+    """A model from a GGUF file, or by its name in the store, ready to answer.
+
+    `slots`: how many answers are written side by side; more wait for their turn.
+    Raises: ModelNotFound, FormatError, UnsupportedModel.
+    """
+    from refollama import loaded  # brings torch
+
+    return loaded.load(model, slots=slots)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer alone, from a GGUF file that may hold no tensors."""
+    from refollama import loaded  # brings torch
+
+    return loaded.load_tokenizer(path)

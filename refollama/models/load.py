@@ -14,21 +14,23 @@ from refollama.errors import FormatError, UnsupportedModel
 from refollama.models.config import ModelConfig
 from refollama.models.layers import Embedding, Linear, RMSNorm
 from refollama.models.llama import Llama
-from refollama.weights import QuantTensor, open_weights
-from refollama.weights.gguf import open_gguf
+from refollama.weights import open_weights
+from refollama.weights.gguf import GGUF, open_gguf
+from refollama.weights.quants import QuantTensor
 
 IGNORED = ("attn_rot_embd.weight",)  # endings of tensors that old converters wrote and nobody reads
 SHOWN = 5  # names in an error message
 
 
-def load_net(path: str | Path) -> Llama:
+def load_net(source: str | Path | GGUF) -> Llama:
     """A GGUF file as a model; the weights stay where they are, packed, and are read when used.
 
-    Raises: FormatError, UnsupportedModel (what was found, what was expected), OSError.
+    Raises: FormatError, UnsupportedModel (what was found, what was expected), and all that
+    `open_gguf` raises.
     """
-    metadata = open_gguf(path).metadata
-    parts = FileParts(open_weights(path), Path(path).name)
-    net = Llama(ModelConfig.from_metadata(metadata), parts)
+    file = source if isinstance(source, GGUF) else open_gguf(source)
+    parts = FileParts(open_weights(file), file.path.name)
+    net = Llama(ModelConfig.from_metadata(file.metadata), parts)
     parts.check_all_used()
     return net.eval()
 

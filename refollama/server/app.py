@@ -1,0 +1,63 @@
+"""The Flask app: routes, one error handler, and checks on who is asking."""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from refollama.errors import RefollamaError
+from refollama.server import guard, wire
+from refollama.server.routes import routes
+from refollama.service import Service
+
+log = logging.getLogger(__name__)
+
+LARGEST_BODY = 64 << 20  # bytes of a JSON request
+
+
+def create_app(service: Service, *, loopback: bool = True) -> Flask:
+    """An app that answers for this service.
+
+    `loopback`: is it reached from this machine alone? Then requests must name this machine.
+    """
+    app = Flask("refollama", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
+    app.extensions["refollama"] = service
+    app.url_map.strict_slashes = False
+    app.register_blueprint(routes)
+    app.register_error_handler(Exception, answer_error)
+    guard.install(app, loopback=loopback)
+    return app
+
+
+def answer_error(error: Exception) -> Response:
+    """Every error as JSON, with the status that its class carries."""
+    if isinstance(error, HTTPException):
+        return _http_error(error)
+    if isinstance(error, RefollamaError):
+        return _json(wire.error_record(error), error.status)
+    log.exception("failed to answer %s %s", request.method, request.path)
+    return _json(wire.error_record(error), 500)
+
+
+def _http_error(error: HTTPException) -> Response:
+    """404, 405, 413 and their kin, with the headers that belong to them (Allow)."""
+    sentences = {
+        404: f"{request.path} does not exist",
+        405: f"{request.path} does not take {request.method}",
+        413: f"the request body is larger than {LARGEST_BODY >> 20} MiB",
+    }
+    status = error.code or 500
+    response = _json({"error": sentences.get(status, error.description or error.name)}, status)
+    for name, value in error.get_headers(request.environ):
+        if name == "Allow":
+            response.headers[name] = value
+    return response
+
+
+def _json(record: wire.Record, status: int) -> Response:
+    return Response(
+        wire.dumps(record), status=status, content_type="application/json; charset=utf-8"
+    )

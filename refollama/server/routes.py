@@ -1,0 +1,98 @@
+"""One short function for each route: read the request, ask the service, write the records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from flask import Blueprint, Response, current_app, request
+
+from refollama.messages import Chunk, Progress
+from refollama.server import wire
+from refollama.service import Service
+from refollama.version import __version__
+
+log = logging.getLogger(__name__)
+routes = Blueprint("api", __name__)
+
+
+@routes.get("/")
+def home() -> Response:
+    return Response("Ollama is running", mimetype="text/plain")
+
+
+@routes.get("/api/version")
+def version() -> Response:
+    return one({"version": __version__})
+
+
+@routes.get("/api/tags")
+def tags() -> Response:
+    return one({"models": [wire.model_record(entry) for entry in service().tags()]})
+
+
+@routes.post("/api/generate")
+def generate() -> Response:
+    ask = wire.read_generate(request.get_data())
+    chunks = service().generate(ask)
+    if not ask.stream:
+        return one(wire.chunk_record(ask, whole(chunks)))
+    first = next(chunks)
+    if first.done_reason == "load":  # always one object, never a stream
+        return one(wire.chunk_record(ask, first))
+    return many(wire.chunk_record(ask, first), (wire.chunk_record(ask, c) for c in chunks))
+
+
+@routes.post("/api/create")
+def create() -> Response:
+    ask = wire.read_create(request.get_data())
+    steps = service().create(ask)
+    if not ask.stream:
+        return one(wire.progress_record(last(steps)))
+    first = next(steps)
+    return many(wire.progress_record(first), (wire.progress_record(s) for s in steps))
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────
+
+
+def service() -> Service:
+    """The service that this app was created with."""
+    found: Service = current_app.extensions["refollama"]
+    return found
+
+
+def one(record: wire.Record) -> Response:
+    return Response(wire.dumps(record), content_type="application/json; charset=utf-8")
+
+
+def many(first: wire.Record, rest: Iterator[wire.Record]) -> Response:
+    """A stream of lines. The first record was waited for, so that an early error has a status."""
+    return Response(wire.ndjson(guarded(first, rest)), content_type="application/x-ndjson")
+
+
+def guarded(first: wire.Record, rest: Iterator[wire.Record]) -> Iterator[wire.Record]:
+    """After the first byte the status can no longer change: a late error is the last line."""
+    yield first
+    try:
+        yield from rest
+    except Exception as error:
+        log.exception("failed in the middle of a stream")
+        yield wire.error_record(error)
+
+
+def whole(chunks: Iterator[Chunk]) -> Chunk:
+    """All pieces as one: the last record with the whole text."""
+    *pieces, end = list(chunks)
+    return Chunk(
+        text="".join(piece.text for piece in pieces),
+        done=True,
+        done_reason=end.done_reason,
+        stats=end.stats,
+        context=end.context,
+    )
+
+
+def last(steps: Iterator[Progress]) -> Progress:
+    *_, end = steps
+    return end

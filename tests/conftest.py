@@ -1,0 +1,34 @@
+"""Fixtures for everybody: small models, a home of its own, and the folder of recorded answers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Each test has its own store and home; nothing of the user's is read or written."""
+    place = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("OLLAMA_MODELS", str(place / "models"))
+    for name in ("OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_NOPRUNE", "OLLAMA_NUM_PARALLEL"):
+        monkeypatch.delenv(name, raising=False)
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A small llama with random weights, as a GGUF file."""
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def oracles():
+    """The folder of real weights and recorded answers; tests that need it are skipped without."""
+    folder = os.environ.get("REFOLLAMA_ORACLES")
+    if not folder:
+        pytest.skip("REFOLLAMA_ORACLES names no folder")
+    return Path(folder)

@@ -1,0 +1,150 @@
+"""The model against a float64 forward from the papers, and against itself by other ways."""
+
+import numpy as np
+import pytest
+import torch
+
+from refollama.models.load import load_net
+from tests import oracle_llama
+from tests.tiny import TOKENS, write_model
+
+VARIANTS = {
+    "plain": {},
+    "tied": {"tied": True},
+    "one key head": {"attention.head_count_kv": 1},
+    "all key heads": {"attention.head_count_kv": 4},
+    "wide heads": {"attention.key_length": 32},
+    "base": {"rope.freq_base": 1e6},
+    "linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "F16": {"type": "F16"},
+    "BF16": {"type": "BF16"},
+    "Q8_0": {"type": "Q8_0"},
+    "Q4_0": {"type": "Q4_0"},
+}
+
+
+def some_tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(3, len(TOKENS), count)
+
+
+@torch.no_grad()
+def all_logits(net, tokens):
+    """(T,) → (T, V), in one step."""
+    ids = torch.tensor(np.asarray(tokens))[None]
+    rows = net.new_cache().rows([0], ids.shape[1])
+    return net.output(net.hidden(ids, torch.arange(ids.shape[1])[None], rows)[0])
+
+
+@torch.no_grad()
+def stepwise(net, tokens, sizes, dtype=torch.float32):
+    """Logits after each step of so many tokens, through one cache."""
+    cache, found, end = net.new_cache(dtype=dtype), [], 0
+    for size in sizes:
+        start, end = end, end + size
+        ids = torch.tensor(np.asarray(tokens[start:end]))[None]
+        found.append(net(ids, torch.arange(start, end)[None], cache.rows([0], end))[0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_a_float64_forward(variant, tmp_path):
+    path = write_model(tmp_path / "m.gguf", seed=1, **VARIANTS[variant])
+    tokens = some_tokens(40)
+    expected = oracle_llama.from_file(path, tokens)
+    found = all_logits(load_net(path), tokens)
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - expected).max() < 2e-5
+
+
+@pytest.mark.parametrize("sizes", [[1] * 24, [24], [7, 1, 1, 15], [23, 1]])
+def test_one_by_one_equals_all_at_once(tiny, sizes):
+    """The cache is an optimisation: it may not change a logit by more than rounding."""
+    net, tokens = load_net(tiny), some_tokens(24)
+    ends = np.cumsum(sizes) - 1
+    expected = all_logits(net, tokens)[ends]
+    torch.testing.assert_close(stepwise(net, tokens, sizes), expected, atol=1e-4, rtol=0)
+
+
+def test_a_cache_of_half_precision_stays_near(tiny):
+    net, tokens = load_net(tiny), some_tokens(24)
+    exact = stepwise(net, tokens, [1] * 24)
+    half = stepwise(net, tokens, [1] * 24, torch.float16)
+    assert 0 < (half - exact).abs().max() < 5e-3
+
+
+@torch.no_grad()
+def test_a_column_of_sequences_equals_each_alone(tiny):
+    net = load_net(tiny)
+    prompts = [some_tokens(n, seed=n) for n in (3, 11, 6)]
+    cache = net.new_cache(slots=3)
+    for slot, tokens in enumerate(prompts):
+        ids = torch.tensor(tokens[:-1])[None]
+        net(ids, torch.arange(len(tokens) - 1)[None], cache.rows([slot], len(tokens) - 1))
+    order = [2, 0, 1]
+    last = torch.tensor([[int(prompts[slot][-1])] for slot in order])
+    positions = torch.tensor([[len(prompts[slot]) - 1] for slot in order])
+    column = net(last, positions, cache.rows(order, 11))
+    for row, slot in zip(column, order, strict=True):
+        alone = all_logits(net, prompts[slot])[-1]
+        torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_only_what_came_before_counts(tiny):
+    net = load_net(tiny)
+    tokens = some_tokens(12)
+    changed = tokens.copy()
+    changed[8] = (tokens[8] + 1) % len(TOKENS)
+    before, after = all_logits(net, tokens), all_logits(net, changed)
+    torch.testing.assert_close(before[:8], after[:8], atol=1e-5, rtol=0)
+    assert (before[8:] - after[8:]).abs().amax(-1).min() > 1e-3
+
+
+def test_modules_carry_the_names_of_the_tensors(tiny):
+    from refollama.weights.gguf import open_gguf
+
+    names = {name for name, _ in load_net(tiny).named_buffers()}
+    assert names == set(open_gguf(tiny).tensors)
+
+
+def test_a_hook_on_a_named_module_sees_and_changes(tiny):
+    net, tokens, seen = load_net(tiny), some_tokens(5), []
+    plain = all_logits(net, tokens)
+    module = net.get_submodule("blk.1.attn_q")
+    handle = module.register_forward_hook(lambda m, x, y: seen.append(y.shape) or y * 0)
+    assert not torch.equal(all_logits(net, tokens), plain) and seen == [(1, 5, 64)]
+    handle.remove()
+    assert torch.equal(all_logits(net, tokens), plain)
+
+
+def test_weights_stay_packed(tmp_path):
+    net = load_net(write_model(tmp_path / "q.gguf", type="Q4_0"))
+    q = net.get_submodule("blk.0.attn_q")
+    assert q.weight.dtype == torch.uint8 and q.weight.shape == (64, 64 // 32 * 18)
+    assert q.dense().shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("stories260K", 1e-4),
+        ("random/gqa", 1e-4),
+        ("random/linear", 1e-4),
+        ("random/tied-base1e6", 1e-3),
+    ],
+)
+def test_logits_that_llama_cpp_recorded(oracles, name, limit):
+    recorded = np.load(oracles / f"{name}.npz")
+    net = load_net(oracles / f"{name}.gguf")
+    found = all_logits(net, recorded["tokens"]).numpy()
+    assert np.abs(found - recorded["logits"]).max() < limit
+    single = stepwise(net, recorded["tokens"], [1] * len(recorded["tokens"])).numpy()
+    assert np.abs(single - found).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["random/q8_0", "random/q4_0"])
+def test_quantised_weights_give_the_exact_product(oracles, name):
+    tokens = np.load(oracles / f"{name}.npz")["tokens"]
+    expected = oracle_llama.from_file(oracles / f"{name}.gguf", tokens)
+    found = all_logits(load_net(oracles / f"{name}.gguf"), tokens).numpy()
+    assert np.abs(found - expected).max() < 1e-3

@@ -1,0 +1,77 @@
+"""A file that does not fit is refused with what was found and what was expected."""
+
+import pytest
+
+from refollama.errors import FormatError, UnsupportedModel
+from refollama.models.config import ModelConfig
+from refollama.models.load import load_net
+from tests.tiny import metadata, write_model
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ({"drop": "blk.1.ffn_up.weight"}, FormatError, ["blk.1.ffn_up.weight", "96 × 64"]),
+        ({"drop": "output_norm.weight"}, FormatError, ["output_norm.weight", "missing", "64"]),
+        ({"drop": "token_embd.weight"}, FormatError, ["token_embd.weight", "any × 64"]),
+        ({"extra": {"rope_freqs.weight": (8,)}}, UnsupportedModel, ["rope_freqs.weight"]),
+        ({"extra": {"blk.0.attn_q.bias": (64,)}}, UnsupportedModel, ["blk.0.attn_q.bias"]),
+        ({"extra": {"blk.2.attn_norm.weight": (64,)}}, UnsupportedModel, ["blk.2.attn_norm"]),
+        (
+            {"extra": {"blk.0.attn_q.weight": (32, 64)}},
+            FormatError,
+            ["blk.0.attn_q.weight", "32 × 64", "64 × 64"],
+        ),
+        (
+            {"extra": {"output_norm.weight": (1, 64)}},
+            FormatError,
+            ["output_norm.weight", "1 × 64", "expected 64"],
+        ),
+        ({"keys": {"general.architecture": "falcon"}}, UnsupportedModel, ["falcon", "llama"]),
+        ({"rope.scaling.type": "yarn"}, UnsupportedModel, ["yarn", "linear"]),
+        ({"expert_count": 8}, UnsupportedModel, ["8 experts"]),
+        ({"rope.dimension_count": 8}, UnsupportedModel, ["dimension_count is 8", "16"]),
+        ({"attention.value_length": 8}, UnsupportedModel, ["value_length is 8", "16"]),
+        ({"keys": {"llama.attention.head_count_kv": 3}}, FormatError, ["head_count_kv = 3"]),
+        ({"keys": {"llama.context_length": 0}}, FormatError, ["context_length is 0"]),
+        ({"keys": {"llama.context_length": "long"}}, FormatError, ["context_length", "integer"]),
+        (
+            {"keys": {"llama.attention.layer_norm_rms_epsilon": float("nan")}},
+            FormatError,
+            ["epsilon", "finite"],
+        ),
+        ({"attention.key_length": 15, "tied": True}, FormatError, ["15 wide", "even"]),
+    ],
+)
+def test_misfits(tmp_path, how, error, said):
+    path = write_model(tmp_path / "m.gguf", **how)
+    with pytest.raises(error) as caught:
+        load_net(path)
+    assert all(part in str(caught.value) for part in said), caught.value
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ],
+)
+def test_a_missing_key_is_named(tmp_path, key):
+    with pytest.raises(FormatError, match=f"llama.{key}"):
+        ModelConfig.from_metadata(metadata(**{key: None}))
+
+
+def test_old_leftovers_are_ignored(tmp_path):
+    extra = {"blk.0.attn_rot_embd.weight": (8,)}
+    load_net(write_model(tmp_path / "m.gguf", extra=extra))
+
+
+def test_a_lying_block_count_is_found_at_the_first_missing_tensor(tmp_path):
+    path = write_model(tmp_path / "m.gguf", claims={"llama.block_count": 4000})
+    with pytest.raises(FormatError, match=r"blk\.2\.attn_norm\.weight is missing"):
+        load_net(path)

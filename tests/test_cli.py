@@ -1,0 +1,636 @@
+"""The command line, from outside: exit status, what is said and where, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from refollama import private_server
+from refollama.cli import cli
+from tests import fake_server
+from tests.fake_server import FakeServer, many, one
+from tests.test_client import refused_port
+
+ROOT = Path(__file__).parent.parent
+STORY = "You said: "
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """A home and a working folder of our own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("OLLAMA_NOHISTORY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def server(home, monkeypatch) -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.host)
+        yield server
+
+
+@pytest.fixture
+def nobody(home, monkeypatch) -> Iterator[None]:
+    """OLLAMA_HOST is of this machine, and nobody listens there."""
+    with refused_port() as host:
+        monkeypatch.setenv("OLLAMA_HOST", host)
+        yield
+
+
+@pytest.fixture
+def far_away(monkeypatch) -> None:
+    """OLLAMA_HOST is of another machine, which is not there (RFC 5737: a documentation net)."""
+    monkeypatch.setenv("OLLAMA_HOST", "192.0.2.1:1")
+    monkeypatch.setattr("refollama.client.CONNECT_TIMEOUT", 0.1)
+
+
+def refollama(*arguments: str, piped: str | bytes = "") -> Result:
+    return CliRunner().invoke(cli, arguments, input=piped, prog_name="refollama")
+
+
+def failed(result: Result, sentence: str, status: int = 1) -> None:
+    assert result.exit_code == status
+    assert result.stderr.startswith("Error: " if status == 1 else "Usage: ")
+    assert sentence in result.stderr
+    assert "Traceback" not in result.output
+
+
+# --- help, version, mistakes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["serve", "create", "list", "run"])
+def test_every_help_page_teaches(command):
+    for page in (refollama(command, "--help"), refollama(command, "-h")):
+        assert page.exit_code == 0
+        assert "Examples:" in page.stdout
+        assert "OLLAMA_HOST" in page.stdout
+    assert f"\n  {command} " in refollama("--help").stdout
+
+
+def test_version():
+    assert refollama("--version").stdout.startswith("refollama version is ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["run"], "Missing argument 'MODEL'"),
+        (["create"], "Missing argument 'MODEL'"),
+        (["run", "tale", "-o", "seed"], "'seed' is not of the form NAME=VALUE"),
+    ],
+)
+def test_a_wrong_command_line_exits_2(arguments, sentence):
+    failed(refollama(*arguments), sentence, status=2)
+
+
+def test_a_bad_host_is_told(monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
+    for arguments in (["list"], ["run", "tale", "hi"], ["serve"]):
+        failed(refollama(*arguments), "the scheme must be http or https")
+
+
+# --- run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "piped", "prompt"),
+    [
+        (["one", "two"], "", "one two"),
+        (["B"], "A\n", "A\n B"),
+        ([], "A", "A"),
+        ([], "\u00e9\u4e2d", "\u00e9\u4e2d"),
+    ],
+)
+def test_the_pipe_comes_before_the_words(server, words, piped, prompt):
+    result = refollama("run", "tale", *words, piped=piped)
+    assert (result.exit_code, result.stdout) == (0, f"{STORY}{prompt}\n")
+    assert result.stderr == ""
+    assert server.requests == [("generate", {"model": "tale", "prompt": prompt, "stream": True})]
+
+
+def test_nothing_to_ask_only_loads(server):
+    result = refollama("run", "tale")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert server.requests[0][1]["prompt"] == ""
+
+
+def test_all_options_travel(server):
+    settings = ("temperature=0", "seed=1", "seed=7", "stop=a=b", "stop=c", "penalize_newline=false")
+    options = [part for setting in settings for part in ("-o", setting)]
+    assert refollama("run", "tale", "--raw", "--system", "Be.", *options, "hi").exit_code == 0
+    sent = server.requests[0][1]
+    assert (sent["raw"], sent["system"]) == (True, "Be.")
+    chosen = {"temperature": 0, "seed": 7, "stop": ["a=b", "c"], "penalize_newline": False}
+    assert sent["options"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("temprature=0", "unknown parameter 'temprature'; known are: "),
+        ("seed=x", "'seed' must be an integer, not 'x'"),
+        ("top_p=2", "'top_p' must be between 0 and 1"),
+        ("numa=true", "'numa' has no effect in this version"),
+    ],
+)
+def test_a_bad_option_is_told_before_anything_is_asked(server, setting, sentence):
+    failed(refollama("run", "tale", "-o", setting, "hi"), sentence)
+    assert server.requests == []
+
+
+def test_verbose_puts_the_statistics_on_stderr(server):
+    result = refollama("run", "tale", "--verbose", "hi")
+    assert result.stdout == f"{STORY}hi\n"
+    assert "eval rate:            61.19 tokens/s\n" in result.stderr
+
+
+def test_errors_of_the_server_are_sentences(server):
+    server.script["generate"] = one({"error": "model 'x' not found, try pulling it first"}, 404)
+    failed(refollama("run", "x", "hi"), "Error: model 'x' not found, try pulling it first\n")
+    server.script["generate"] = many([{"response": "a"}, {"error": "out of memory"}])
+    failed(refollama("run", "x", "hi"), "Error: out of memory\n")
+
+
+def test_a_pipe_that_is_no_text(server):
+    failed(refollama("run", "tale", piped=b"\xff"), "standard input is not UTF-8 text")
+
+
+@pytest.mark.parametrize("form", ["./tale.gguf", "~/tale.gguf", "sub/../", "{home}/tale.gguf"])
+def test_a_file_is_sent_as_an_absolute_path(server, home, form):
+    (home / "tale.gguf").touch()
+    (home / "sub").mkdir()
+    name = "./sub/../tale.gguf" if form == "sub/../" else form.format(home=home)
+    assert refollama("run", name, "hi").exit_code == 0
+    assert server.requests[0][1]["model"] == str(home / "tale.gguf")
+
+
+def test_a_file_that_is_not_there(server, home):
+    failed(refollama("run", "./gone.gguf", "hi"), f"{home}/gone.gguf: there is no such file")
+
+
+def test_another_machine_cannot_read_our_files(far_away, home):
+    (home / "tale.gguf").touch()
+    (home / "Modelfile").write_text("FROM ./tale.gguf\n", "utf-8")
+    where = "the server at http://192.0.2.1:1 cannot read it"
+    failed(refollama("run", "./tale.gguf", "hi"), where)
+    failed(refollama("create", "tale"), where)
+
+
+def test_another_machine_is_not_replaced_by_this_one(far_away, home, monkeypatch):
+    """Whoever names a machine wants that machine."""
+    monkeypatch.setattr(private_server, "command", lambda port: pytest.fail("started"))
+    (home / "Modelfile").write_text("FROM tale\n", "utf-8")
+    for arguments in (["run", "tale", "hi"], ["create", "tale"], ["list"]):
+        failed(refollama(*arguments), "could not connect to refollama at http://192.0.2.1:1")
+
+
+# --- create ----------------------------------------------------------------------------------
+
+
+def test_create_sends_the_text_and_its_folder(server, home):
+    (home / "sub").mkdir()
+    (home / "sub" / "file").write_text("FROM ./x.gguf\nSYSTEM \u00e9\n", "utf-8")
+    result = refollama("create", "tale", "-f", "sub/file")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines() == ["parsing", "writing layer", "success"]
+    route, body = server.requests[0]
+    assert (route, body["directory"]) == ("create", str(home / "sub"))
+    assert body["modelfile"] == "FROM ./x.gguf\nSYSTEM \u00e9\n"
+
+
+def test_create_without_a_modelfile(server, home):
+    failed(refollama("create", "tale"), "Modelfile: No such file or directory")
+    (home / "Modelfile").write_bytes(b"FROM \xff")
+    failed(refollama("create", "tale"), "Modelfile: not UTF-8 text")
+
+
+def test_create_repeats_the_servers_error(server, home):
+    (home / "Modelfile").write_text("FORM x", "utf-8")
+    server.script["create"] = one({"error": "Modelfile: line 1: no such command"}, 400)
+    failed(refollama("create", "tale"), "Error: Modelfile: line 1: no such command\n")
+
+
+# --- list ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["list", "ls"])
+def test_list_asks_the_server(server, command):
+    header, row = refollama(command).stdout.splitlines()
+    assert header.split() == ["NAME", "ID", "SIZE", "MODIFIED"]
+    assert row.split("\t")[:3] == ["tale:latest", "fe938a131f40", "3.8 GB"]
+    assert row.endswith(" ago")
+    assert header.index("ID") == row.index("fe938")
+
+
+def test_list_by_prefix(server):
+    assert len(refollama("list", "tal").stdout.splitlines()) == 2
+    assert len(refollama("list", "other").stdout.splitlines()) == 1
+
+
+def test_list_without_a_server_reads_the_store(nobody, home):
+    assert refollama("list").stdout.split() == ["NAME", "ID", "SIZE", "MODIFIED"]
+    stored(home / "models")
+    row = refollama("list").stdout.splitlines()[1].split("\t")
+    assert [cell.strip() for cell in row[:1] + row[2:]] == [
+        "tale:latest",
+        "1 KB",
+        "Less than a second ago",
+    ]
+
+
+def stored(root: Path) -> None:
+    """A model as Ollama would have written it."""
+    import hashlib
+    import json
+
+    config = b'{"model_format": "gguf", "model_family": "llama"}'
+    digest = hashlib.sha256(config).hexdigest()
+    (root / "blobs").mkdir(parents=True)
+    (root / "blobs" / f"sha256-{digest}").write_bytes(config)
+    kind = "application/vnd.docker.container.image.v1+json"
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:" + "0" * 64}
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(config)},
+        "layers": [{**layer, "size": 1000 - len(config)}],
+    }
+    path = root / "manifests" / "registry.ollama.ai" / "library" / "tale" / "latest"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(manifest), "utf-8")
+
+
+# --- serve -----------------------------------------------------------------------------------
+
+SERVE = """
+import sys, time, types
+def serve(host, port):
+    print(host, port, flush=True)
+    {then}
+sys.modules["refollama.server"] = types.SimpleNamespace(serve=serve)
+from refollama.cli import main
+main()
+"""
+
+
+def serving(then: str, *arguments: str) -> subprocess.Popen[str]:
+    """`refollama serve` with a server that does `then`."""
+    code = SERVE.format(then=then)
+    line = [sys.executable, "-c", code, "serve", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_serve_listens_where_it_is_told(monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:5")
+    assert serving("pass").communicate(timeout=10)[0] == "0.0.0.0 5\n"
+    assert serving("pass", "--host", ":6").communicate(timeout=10)[0] == "0.0.0.0 6\n"
+
+
+def test_serve_on_a_port_that_is_taken():
+    process = serving(
+        "import errno; raise OSError(errno.EADDRINUSE, 'in use')", "--host", "[::1]:7"
+    )
+    error = process.communicate(timeout=10)[1]
+    assert process.returncode == 1
+    assert error.startswith("Error: ::1:7 is in use: ")
+    assert "Traceback" not in error
+
+
+def test_serve_until_stdin_closes():
+    with serving("time.sleep(60)", "--until-stdin-closes") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        assert process.poll() is None
+        process.communicate(timeout=5)  # closes its standard input
+    assert process.returncode == -signal.SIGTERM
+
+
+# --- the private server ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def pid_file(nobody, home, monkeypatch) -> Path:
+    """Where the private server, here the fake one, writes its process id."""
+    path = home / "pid"
+    monkeypatch.setattr(private_server, "command", lambda port: stand_in(port, path))
+    return path
+
+
+def stand_in(port: int, pid_file: Path) -> list[str]:
+    return [sys.executable, fake_server.__file__, str(port), str(pid_file)]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended; an orphan may stay as a zombie where nobody collects it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_run_starts_a_server_and_stops_it(pid_file):
+    result = refollama("run", "tale", "hi")
+    assert (result.exit_code, result.stdout) == (0, f"{STORY}hi\n")
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_create_starts_a_server_and_stops_it(pid_file, home):
+    (home / "Modelfile").write_text("FROM ./x.gguf", "utf-8")
+    assert refollama("create", "tale").stderr.endswith("success\n")
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_a_server_that_does_not_start_says_why(nobody, monkeypatch):
+    code = "import sys; sys.exit('no room for torch')"
+    monkeypatch.setattr(private_server, "command", lambda port: [sys.executable, "-c", code])
+    failed(refollama("run", "tale", "hi"), "the server did not start:\nno room for torch")
+
+
+def test_a_server_that_never_answers_is_given_up(nobody, monkeypatch):
+    code = "print('thinking', flush=True); import time; time.sleep(60)"
+    monkeypatch.setattr(private_server, "command", lambda port: [sys.executable, "-c", code])
+    monkeypatch.setattr(private_server, "START_TIMEOUT", 0.5)
+    began = time.monotonic()
+    failed(refollama("run", "tale", "hi"), "did not answer within")
+    assert time.monotonic() - began < 10
+
+
+def test_a_server_that_dies_says_why(nobody, home, monkeypatch):
+    code = "import os, threading, sys; sys.argv = sys.argv[1:]; print('out of memory', flush=True);"
+    code += "threading.Timer(2, os._exit, [9]).start(); import runpy;"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    monkeypatch.setattr(
+        private_server,
+        "command",
+        lambda port: [sys.executable, "-c", code, *stand_in(port, home / "pid")[1:]],
+    )
+    failed(refollama("run", "tale", "forever"), "the server ended unexpectedly:\nout of memory")
+
+
+def test_the_real_command_line_is_one_that_serve_takes():
+    python, dash_m, module, *arguments = private_server.command(7)
+    assert (python, dash_m, module) == (sys.executable, "-m", "refollama")
+    with serving("pass", *arguments[1:]) as process:
+        assert process.communicate(timeout=10)[0] == "127.0.0.1 7\n"
+
+
+# --- as processes ----------------------------------------------------------------------------
+
+MAIN = """
+import os, sys
+{prepare}
+from refollama.cli import main
+main()
+"""
+# A session leader that opens a terminal gets it as its own: now Ctrl-C means something.
+OWN_TERMINAL = "os.open(os.ttyname(0), os.O_RDWR)"
+
+
+def private(pid_file: Path) -> str:
+    """Code that lets the fake stand in for the private server."""
+    line = stand_in(0, pid_file)
+    return (
+        "import refollama.private_server as p\n"
+        f"p.command = lambda port: [*{line[:2]!r}, str(port), {line[3]!r}]"
+    )
+
+
+def child(*arguments: str, prepare: str = "") -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", MAIN.format(prepare=prepare), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def test_ctrl_c_ends_with_130_and_cancels(server):
+    with child("run", "tale", "forever") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == "tick"
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=10)[1]
+    assert process.returncode == 130
+    assert error == "\n"
+    assert server.hung_up.wait(5)
+
+
+def test_a_reader_that_has_seen_enough(server):
+    with child("run", "tale", "forever") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == "tick"
+        process.stdout.close()
+        process.wait(10)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert server.hung_up.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_no_way_of_dying_leaves_a_server_behind(nobody, home, signum, status):
+    pid_file = home / "pid"
+    with child("run", "tale", "forever", prepare=private(pid_file)) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == "tick"
+        process.send_signal(signum)
+        error = process.communicate(timeout=10)[1]
+    assert process.returncode == status
+    assert "Traceback" not in error
+    wait_for(lambda: is_gone(int(pid_file.read_text())))
+
+
+class Terminal:
+    """A program in a terminal, and the hands and eyes before it."""
+
+    def __init__(self, *arguments: str, prepare: str = "") -> None:
+        self._keys, screen = pty.openpty()
+        code = MAIN.format(prepare=f"{OWN_TERMINAL}\n{prepare}")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=screen,
+            stdout=screen,
+            stderr=screen,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(screen)
+        self._seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._keys)
+
+    def type(self, text: str) -> None:
+        os.write(self._keys, text.encode())
+
+    def sees(self, text: str) -> str:
+        """Wait for a text; gives what came before it, and forgets both."""
+        deadline = time.monotonic() + 15
+        while text not in self._seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{text!r} did not come; on the screen: {self._seen!r}"
+            if select.select([self._keys], [], [], left)[0]:
+                self._seen += os.read(self._keys, 65536).decode("utf-8", "replace")
+        before, _, self._seen = self._seen.partition(text)
+        return before
+
+    def status(self) -> int:
+        """How the program ended."""
+        deadline = time.monotonic() + 10
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"still running: {self._seen!r}"
+            if select.select([self._keys], [], [], 0.05)[0]:
+                try:
+                    self._seen += os.read(self._keys, 65536).decode("utf-8", "replace")
+                except OSError:  # the other side is closed
+                    break
+        return self.process.wait(10)
+
+
+def test_a_conversation(server):
+    """Context goes from answer to answer; an answer that was stopped leaves no trace in it."""
+    with Terminal("run", "tale", "-o", "seed=1") as screen:
+        screen.sees(">>> ")
+        screen.type("four\r")
+        screen.sees(STORY + "four")
+        screen.sees(">>> ")
+        screen.type("forever\r")
+        screen.sees("tick tick")
+        screen.type("\x03")
+        screen.sees(">>> ")
+        assert server.hung_up.wait(5)
+        screen.type('"""a\rb"""\r')
+        screen.sees(STORY + "a\r\nb")
+        screen.sees(">>> ")
+        screen.type("/?\r")
+        screen.sees("/bye, /exit, Ctrl-D")
+        screen.type("/nonsense\r")
+        screen.sees("Unknown command '/nonsense'")
+        screen.sees(">>> ")
+        screen.type("\x03")
+        screen.sees("Use Ctrl-D or /bye to exit.")
+        screen.sees(">>> ")
+        screen.type("/bye\r")
+        assert screen.status() == 0
+    asked = [(body["prompt"], body.get("context")) for _, body in server.requests]
+    assert asked == [("", None), ("four", None), ("forever", [4]), ("a\nb", [4])]
+    assert all(body["options"] == {"seed": 1} for _, body in server.requests)
+
+
+def test_an_error_does_not_end_a_conversation(server):
+    with Terminal("run", "tale") as screen:
+        screen.sees(">>> ")
+        server.script["generate"] = one({"error": "the prompt has 9 tokens too many"}, 400)
+        screen.type("long\r")
+        screen.sees("Error: the prompt has 9 tokens too many")
+        screen.sees(">>> ")
+        server.script.clear()
+        screen.type("short\r")
+        screen.sees(STORY + "short")
+        screen.type("\x04")
+        assert screen.status() == 0
+
+
+def test_a_model_that_is_missing_ends_it_at_once(server):
+    server.script["generate"] = one({"error": "model 'tale' not found"}, 404)
+    with Terminal("run", "tale") as screen:
+        screen.sees("Error: model 'tale' not found")
+        assert screen.status() == 1
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_private_server(nobody, home):
+    pid_file = home / "pid"
+    with Terminal("run", "tale", prepare=private(pid_file)) as screen:
+        screen.sees(">>> ")
+        screen.type("forever\r")
+        screen.sees("tick tick")
+        screen.type("\x03")
+        screen.sees(">>> ")
+        screen.type("again\r")
+        screen.sees(STORY + "again")
+        screen.sees(">>> ")
+        screen.type("\x04")
+        assert screen.status() == 0
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_sigterm_at_the_prompt(nobody, home):
+    pid_file = home / "pid"
+    with Terminal("run", "tale", prepare=private(pid_file)) as screen:
+        screen.sees(">>> ")
+        screen.process.terminate()
+        assert screen.status() == 143
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_create_in_a_terminal_draws_a_bar(server, home):
+    (home / "Modelfile").write_text("FROM ./x.gguf", "utf-8")
+    with Terminal("create", "tale") as screen:
+        screen.sees("parsing")
+        screen.sees("2.0/2.0 MB")
+        assert screen.status() == 0
+
+
+# --- quick to answer -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_the_answer_comes_at_once(server, arguments):
+    def once() -> float:
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "refollama", *arguments], check=True, stdout=subprocess.DEVNULL
+        )
+        return time.perf_counter() - began
+
+    assert statistics.median(once() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_no_torch_without_a_model(request, listening):
+    request.getfixturevalue("server" if listening else "nobody")
+    code = "import sys; from refollama.cli import cli; cli(['list'], standalone_mode=False);"
+    code += "print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "refollama.client" in loaded
+    assert not loaded & {"torch", "flask", "prompt_toolkit", "numpy"}
+
+
+def test_the_port_is_free_for_the_private_server():
+    port = private_server._free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
