@@ -68,7 +68,7 @@ class FakeServer:
         self.requests.append((route, body))
         if route in self.script:
             return self.script[route]
-        return getattr(self, f"_{route}")(body)  # type: ignore[no-any-return]
+        return getattr(self, f"_{route}")(body)
 
     def _version(self, _: dict[str, Any]) -> Response:
         return one({"version": "0.0.7"})
@@ -87,6 +87,9 @@ class FakeServer:
             return one({"response": "", "done": True, "done_reason": "load"})
         if prompt == "forever":
             return many(self._forever())
+        if prompt == "die":
+            print("out of memory", flush=True)
+            os._exit(9)
         context = [*body.get("context", []), len(prompt)]
         last = {"response": "", "done": True, "context": context, **COUNTS}
         return many([{"response": "You said: "}, {"response": prompt}, last])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pty
 import select
@@ -258,9 +260,6 @@ def test_list_without_a_server_reads_the_store(nobody, home):
 
 def stored(root: Path) -> None:
     """A model as Ollama would have written it."""
-    import hashlib
-    import json
-
     config = b'{"model_format": "gguf", "model_family": "llama"}'
     digest = hashlib.sha256(config).hexdigest()
     (root / "blobs").mkdir(parents=True)
@@ -305,14 +304,21 @@ def test_serve_listens_where_it_is_told(monkeypatch):
     assert serving("pass", "--host", ":6").communicate(timeout=10)[0] == "0.0.0.0 6\n"
 
 
-def test_serve_on_a_port_that_is_taken():
-    process = serving(
-        "import errno; raise OSError(errno.EADDRINUSE, 'in use')", "--host", "[::1]:7"
-    )
+def test_serve_where_it_cannot_listen():
+    process = serving("raise OSError(13, 'Permission denied')", "--host", "[::1]:7")
     error = process.communicate(timeout=10)[1]
+    assert (process.returncode, error) == (1, "Error: Permission denied\n")
+
+
+def test_serve_on_a_port_that_is_taken(server):
+    """By the real server: whoever starts a second one learns which port is taken."""
+    process = subprocess.run(
+        [sys.executable, "-m", "refollama", "serve"], capture_output=True, text=True, timeout=60
+    )
     assert process.returncode == 1
-    assert error.startswith("Error: ::1:7 is in use: ")
-    assert "Traceback" not in error
+    assert process.stderr.startswith("Error: ")
+    assert server.host.partition(":")[2] in process.stderr
+    assert "taken" in process.stderr
 
 
 def test_serve_until_stdin_closes():
@@ -382,23 +388,19 @@ def test_a_server_that_never_answers_is_given_up(nobody, monkeypatch):
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_dies_says_why(nobody, home, monkeypatch):
-    code = "import os, threading, sys; sys.argv = sys.argv[1:]; print('out of memory', flush=True);"
-    code += "threading.Timer(2, os._exit, [9]).start(); import runpy;"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    monkeypatch.setattr(
-        private_server,
-        "command",
-        lambda port: [sys.executable, "-c", code, *stand_in(port, home / "pid")[1:]],
-    )
-    failed(refollama("run", "tale", "forever"), "the server ended unexpectedly:\nout of memory")
+def test_a_server_that_dies_says_why(pid_file):
+    result = refollama("run", "tale", "die")
+    failed(result, "the server ended unexpectedly:\n")
+    assert "out of memory" in result.stderr
 
 
 def test_the_real_command_line_is_one_that_serve_takes():
-    python, dash_m, module, *arguments = private_server.command(7)
-    assert (python, dash_m, module) == (sys.executable, "-m", "refollama")
-    with serving("pass", *arguments[1:]) as process:
-        assert process.communicate(timeout=10)[0] == "127.0.0.1 7\n"
+    python, dash_m, module, command, *arguments = private_server.command(7)
+    assert [python, dash_m, module, command] == [sys.executable, "-m", "refollama", "serve"]
+    with serving("time.sleep(60)", *arguments) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "127.0.0.1 7\n"
+        process.communicate(timeout=5)
 
 
 # --- as processes ----------------------------------------------------------------------------
@@ -560,6 +562,7 @@ def test_an_error_does_not_end_a_conversation(server):
         server.script.clear()
         screen.type("short\r")
         screen.sees(STORY + "short")
+        screen.sees(">>> ")
         screen.type("\x04")
         assert screen.status() == 0
 

@@ -115,7 +115,7 @@ def test_a_refusal_is_an_exception_in_the_servers_words(server, client, status, 
     for route in ("tags", "generate"):
         server.script[route] = one({"error": "a sentence"}, status)
     for call in (client.tags, lambda: list(client.generate("tale", "hi"))):
-        with pytest.raises(kind, match="^a sentence$") as caught:
+        with pytest.raises(kind, match=r"^a sentence$") as caught:
             call()
         assert type(caught.value) is kind
 
@@ -130,7 +130,7 @@ def test_an_error_line_ends_the_stream_with_its_sentence(server, client):
     server.script["generate"] = many([{"response": "a"}, {"error": "out of memory"}])
     records = client.generate("tale", "hi")
     assert next(records) == {"response": "a"}
-    with pytest.raises(RefollamaError, match="^out of memory$"):
+    with pytest.raises(RefollamaError, match=r"^out of memory$"):
         next(records)
 
 

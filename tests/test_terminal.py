@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -122,9 +125,6 @@ UNITS = {"h": 3600 * 10**9, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "µs": 10*
 @given(st.integers(0, 10**15))
 def test_no_nanosecond_is_lost(nanoseconds):
     """Read back with exact fractions."""
-    import re
-    from fractions import Fraction
-
     parts = re.findall(r"([\d.]+)(h|ms|m|s|µs|ns)", terminal.go_duration(nanoseconds))
     assert sum(Fraction(number) * UNITS[unit] for number, unit in parts) == nanoseconds
 
@@ -150,7 +150,7 @@ def test_a_table_without_rows_is_its_header():
 
 # --- progress --------------------------------------------------------------------------------
 
-STEPS = [
+STEPS: list[dict[str, Any]] = [
     {"status": "parsing"},
     {"status": "writing [bold]", "digest": "sha256:ab", "total": 10},
     {"status": "writing [bold]", "digest": "sha256:ab", "total": 10, "completed": 10},

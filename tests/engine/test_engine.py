@@ -10,7 +10,7 @@ from refollama.engine.engine import Engine
 from refollama.engine.generate import generate
 from refollama.errors import BadRequest, PromptTooLong, RefollamaError, ServerBusy
 from refollama.options import Options
-from tests.engine.fake import V, FakeNet, expected
+from tests.engine.fake import FakeNet, V, expected
 
 GREEDY = Options(temperature=0, repeat_penalty=1.0, f16_kv=False, num_predict=20)
 

@@ -1,0 +1,64 @@
+# Every target does its own set-up, in .venv; nothing outside this folder is touched.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run serve test test-slow lint types format bench notebooks clean
+
+help:  ## print this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(VENV)/.test  ## make .venv with everything that developing needs
+
+run: $(VENV)/.run  ## talk to a model: make run MODEL=file.gguf PROMPT="Once upon a time"
+	@test -n "$$MODEL" || { echo 'Which model? make run MODEL=path/to/file.gguf PROMPT="Once upon a time"'; exit 2; }
+	@$(BIN)/refollama run "$$MODEL" $${PROMPT:+"$$PROMPT"}
+
+serve: $(VENV)/.run  ## answer HTTP requests at OLLAMA_HOST (default 127.0.0.1:11434)
+	@$(BIN)/refollama serve
+
+test: $(VENV)/.test  ## the tests that a commit must pass; a few minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test  ## the long tests: real processes, thousands of damaged files
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test  ## style and layout, by ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test  ## types, by mypy in strict mode
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## let ruff lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench  ## measure: load, first token, prefill and decode, in a table
+	$(BIN)/python -m benchmarks.first_light
+
+notebooks: $(VENV)/.notebooks  ## run every notebook, and save what it shows
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of packages, so that `make run` waits only for what it needs.
+$(VENV)/.run:       EXTRAS :=
+$(VENV)/.test:      EXTRAS := [test]
+$(VENV)/.bench:     EXTRAS := [bench]
+$(VENV)/.notebooks: EXTRAS := [notebooks]
+
+$(VENV)/.run $(VENV)/.test $(VENV)/.bench $(VENV)/.notebooks: setup.cfg constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (PyTorch is large: this takes a minute or more)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "refollama needs Python 3.10 or newer; choose one: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }

@@ -1,0 +1,217 @@
+"""POST /api/generate: what is streamed, what is counted, what is refused."""
+
+import json
+import re
+
+import pytest
+
+from tests.server.conftest import GREEDY
+
+
+def text_of(records):
+    return "".join(record["response"] for record in records)
+
+
+def test_pieces_joined_equal_the_whole(ask):
+    streamed = ask(model="tiny", prompt="the", options=GREEDY)
+    (whole,) = ask(model="tiny", prompt="the", options=GREEDY, stream=False)
+    assert text_of(streamed) == whole["response"] != ""
+    assert [r["done"] for r in streamed] == [False] * (len(streamed) - 1) + [True]
+    assert streamed[-1]["context"] == whole["context"]
+
+
+def test_the_stream_is_lines_of_ascii_json(http):
+    body = {"model": "tiny", "prompt": "é", "options": GREEDY | {"num_predict": 40}}
+    response = http.post("/api/generate", json=body)
+    assert response.headers["Content-Type"] == "application/x-ndjson"
+    assert response.content.isascii() and response.content.endswith(b"\n")
+    assert all(json.loads(line) for line in response.content[:-1].split(b"\n"))
+
+
+def test_the_final_record_has_every_count_and_duration(ask):
+    *pieces, end = ask(model="tiny", prompt="the", options=GREEDY)
+    assert end["done_reason"] in ("length", "stop") and end["response"] == ""
+    assert end["eval_count"] <= 12 and end["prompt_eval_count"] == 2
+    assert len(end["context"]) == end["prompt_eval_count"] + end["eval_count"]
+    durations = [end[f"{of}_duration"] for of in ("load", "prompt_eval", "eval")]
+    assert all(isinstance(d, int) and d > 0 for d in durations)
+    assert end["total_duration"] >= sum(durations)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", end["created_at"])
+    assert all(set(p) == {"model", "created_at", "response", "done"} for p in pieces)
+    assert all(p["model"] == "tiny" for p in pieces)
+
+
+def test_raw_has_no_template_and_no_context(ask):
+    (raw,) = ask(model="shy", prompt="the", raw=True, stream=False, options=GREEDY)
+    (plain,) = ask(model="tiny", prompt="the", stream=False, options=GREEDY)
+    assert raw["response"] == plain["response"] and "context" not in raw
+
+
+def test_template_and_system_make_the_prompt(ask):
+    """What the template renders, sent raw, gives the same answer."""
+
+    def answer(prompt, **more):
+        options = GREEDY | {"num_predict": 8}
+        return ask(model="shy", prompt=prompt, stream=False, options=options, **more)[0]["response"]
+
+    assert answer("hi") == answer("<be brief>hi", raw=True)
+    assert answer("hi", system="sing") == answer("<sing>hi", raw=True)
+    assert answer("hi", template="[{{ .Prompt }}]") == answer("[hi]", raw=True)
+
+
+def test_the_models_parameters_hold_until_the_request_says_otherwise(ask):
+    (by_model,) = ask(model="shy", prompt="the", stream=False)
+    (by_request,) = ask(model="shy", prompt="the", stream=False, options={"num_predict": 5})
+    assert (by_model["eval_count"], by_request["eval_count"]) == (3, 5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_num_predict_is_exact(ask, count):
+    (answer,) = ask(
+        model="tiny", prompt="the", stream=False, options=GREEDY | {"num_predict": count}
+    )
+    assert answer.get("eval_count", 0) == count and answer["done_reason"] == "length"
+
+
+def test_the_same_seed_gives_the_same_text(ask):
+    def answer(seed):
+        options = {"seed": seed, "num_predict": 20, "temperature": 1.5}
+        return ask(model="tiny", prompt="the", options=options, stream=False)[0]["response"]
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_a_stop_string_ends_the_answer_before_it(ask):
+    (full,) = ask(model="tiny", prompt="the", options=GREEDY, stream=False)
+    stop = full["response"][3:5]
+    cut = full["response"][: full["response"].index(stop)]
+    records = ask(model="tiny", prompt="the", options=GREEDY | {"stop": [stop, ""]})
+    assert text_of(records) == cut and records[-1]["done_reason"] == "stop"
+
+
+def test_context_continues_exactly(ask):
+    """An answer in two halves, joined by its context, is the answer in one."""
+    (whole,) = ask(model="tiny", prompt="the", options=GREEDY, stream=False)
+    (half,) = ask(model="tiny", prompt="the", options=GREEDY | {"num_predict": 5}, stream=False)
+    assert whole["context"][: len(half["context"])] == half["context"]
+    (rest,) = ask(model="tiny", prompt="e", context=half["context"], options=GREEDY, stream=False)
+    assert rest["context"][: len(half["context"])] == half["context"]
+    assert rest["prompt_eval_count"] == len(half["context"]) + 1  # no second BOS, no space
+
+
+def test_an_empty_prompt_loads_the_model_and_says_so_in_one_object(http):
+    for body in ({"model": "tiny"}, {"model": "tiny", "prompt": "", "stream": True}):
+        response = http.post("/api/generate", json=body)
+        assert response.headers["Content-Type"] == "application/json; charset=utf-8"
+        record = response.json()
+        assert (record["done"], record["done_reason"], record["response"]) == (True, "load", "")
+        assert not response.content.endswith(b"\n")
+
+
+def test_a_file_runs_where_it_lies(ask, tiny, service):
+    (by_path,) = ask(model=str(tiny), prompt="the", stream=False, options=GREEDY)
+    (by_name,) = ask(model="tiny", prompt="the", stream=False, options=GREEDY)
+    assert by_path["response"] == by_name["response"] and by_path["model"] == str(tiny)
+
+
+REFUSED = {
+    "no body": (b"", 400, "missing request body"),
+    "white space": (b" \n", 400, "missing request body"),
+    "not json": (b"hello", 400, "not JSON"),
+    "cut json": (b'{"model": "ti', 400, "not JSON"),
+    "not utf-8": (b'{"model": "\xff"}', 400, "not UTF-8"),
+    "deep json": (b'{"options":' + b"[" * 100_000, 400, "nested too deeply"),
+    "a list": (b"[]", 400, "must be a JSON object"),
+    "no model": (b"{}", 400, "model is required"),
+    "a number as model": (b'{"model": 1}', 400, "model must be a string"),
+    "a list as prompt": (b'{"model": "tiny", "prompt": []}', 400, "prompt must be a string"),
+    "a text as stream": (b'{"model": "tiny", "stream": "no"}', 400, "stream must be true or"),
+    "a list as options": (b'{"model": "tiny", "options": [1]}', 400, "options must be an object"),
+    "texts as context": (b'{"model": "tiny", "context": ["a"]}', 400, "list of integers"),
+    "true as context": (b'{"model": "tiny", "context": [true]}', 400, "list of integers"),
+    "ids of another": (b'{"model": "tiny", "prompt": "a", "context": [9999]}', 400, "9999"),
+    "negative ids": (b'{"model": "tiny", "prompt": "a", "context": [-1]}', 400, "-1"),
+    "unknown model": (b'{"model": "nope", "options": {"bad": 1}}', 404, "model 'nope"),
+    "a missing file": (b'{"model": "/no/such.gguf", "prompt": "a"}', 404, "/no/such.gguf"),
+    "no name": (b'{"model": "a/b/c/d/e", "prompt": "a"}', 400, "a/b/c/d/e"),
+    "climbing": (b'{"model": "x/../y", "prompt": "a"}', 400, ".."),
+    "option type": (b'{"model": "tiny", "prompt": "a", "options": {"num_ctx": "x"}}', 400, "num_"),
+    "option bool": (b'{"model": "tiny", "prompt": "a", "options": {"num_ctx": true}}', 400, "num"),
+    "option range": (b'{"model": "tiny", "prompt": "a", "options": {"top_p": 2}}', 400, "0 and 1"),
+    "NaN": (b'{"model": "tiny", "options": {"top_p": NaN}}', 400, "NaN"),
+    "strict": (b'{"model": "tiny", "prompt": "a", "strict": true, "options": {"x": 1}}', 400, "x"),
+    "raw and system": (b'{"model": "tiny", "raw": true, "system": "s"}', 400, "raw mode does not"),
+    "bad template": (b'{"model": "tiny", "prompt": "a", "template": "{{ if"}', 400, "line 1"),
+    "images": (b'{"model": "tiny", "prompt": "a", "images": ["aGk="]}', 400, "images"),
+    "json mode": (b'{"model": "tiny", "prompt": "a", "format": "json"}', 400, "format"),
+    "too long": (
+        b'{"model": "tiny", "prompt": "' + b"q" * 500 + b'", "raw": true}',
+        400,
+        "num_ctx",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [b"", b', "stream": false'])
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_requests_get_one_clear_sentence(http, case, stream):
+    body, status, said = REFUSED[case]
+    if body.endswith(b"}") and b": " in body:
+        body = body[:-1] + stream + b"}"
+    response = http.post("/api/generate", content=body)
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"} and said in response.json()["error"]
+    assert len(response.json()["error"]) < 400 and "\n" not in response.json()["error"]
+
+
+def test_leniency_of_the_wire(http, ask):
+    (plain,) = ask(model="tiny", prompt="the", options=GREEDY, stream=False)
+    lenient = json.dumps(
+        {
+            "NAME": "tiny",
+            "Prompt": "the",
+            "OPTIONS": GREEDY | {"seed": None},
+            "stream": False,
+            "system": None,
+            "images": [],
+            "format": "",
+            "unheard_of": {},
+        }
+    )
+    response = http.post(
+        "/api/generate",
+        content="\ufeff" + lenient + " trailing",
+        headers={"Content-Type": "application/x-www-form-urlencoded"},
+    )
+    assert response.json()["response"] == plain["response"]
+
+
+def test_an_error_in_mid_stream_is_the_last_line(ask, service, tiny, monkeypatch):
+    from refollama.errors import RefollamaError
+    from refollama.messages import Chunk
+
+    def breaks(self, tokens, options):
+        yield Chunk("a")
+        raise RefollamaError("the disk is on fire")
+
+    monkeypatch.setattr("refollama.loaded.LoadedModel.answer", breaks)
+    records = ask(model="tiny", prompt="the")
+    assert [r.get("response", r.get("error")) for r in records] == ["a", "the disk is on fire"]
+
+
+def test_closing_the_stream_frees_the_slot(app, service, tiny):
+    """What a WSGI server does when the client is gone: it closes the response."""
+    client = app.test_client()
+    options = {"num_predict": -1, "temperature": 1}
+    response = client.post(
+        "/api/generate", json={"model": "tiny", "prompt": "a", "options": options}
+    )
+    next(response.response)
+    response.close()
+    with service.loaded.lease(service.find("tiny").weights) as model:
+        engine = model.engine()
+        for _ in range(1000):
+            if engine.active == 0:
+                break
+            __import__("time").sleep(0.005)
+        assert engine.active == 0

@@ -1,0 +1,300 @@
+"""Unpacking is exact: every value equals that of the format's own tools, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from refollama.errors import UnsupportedModel
+from refollama.weights import open_gguf, open_weights, write_gguf
+from refollama.weights.blocks import BLOCKS, TYPE_ID, nbytes
+from refollama.weights.quants import LAYOUTS, Layout, QuantTensor, pack
+from tests import oracles
+
+EVERY = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+BLOCKWISE = pytest.mark.parametrize(
+    "layout",
+    [layout for layout in LAYOUTS.values() if layout.block.values > 1],
+    ids=lambda layout: layout.name,
+)
+PACKED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
+def random_blocks(layout: Layout, n: int, seed: int = 0) -> np.ndarray:
+    """(n, nbytes) uint8, every byte value anywhere; only infinite and undefined floats are not."""
+    block = np.random.default_rng(seed).integers(0, 256, (n, layout.block.nbytes), np.uint8)
+    for start, width in layout.words:
+        last = block[:, start + width - 1]
+        if width == 2:  # one bit of the exponent off: of float16 0x04, of bfloat16 0x40
+            last &= 0xBF if layout.name == "BF16" else 0xFB
+        if layout.name == "F32":
+            last &= 0xBF
+    return block
+
+
+def judged(blocks: np.ndarray, number: int) -> np.ndarray:
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(number))
+
+
+def same_bits(ours: torch.Tensor, theirs: np.ndarray) -> bool:
+    """Equal to the last bit, the sign of zero included."""
+    theirs = theirs.astype(np.float32)
+    return np.array_equal(ours.numpy().view(np.uint32).ravel(), theirs.view(np.uint32).ravel())
+
+
+# ── unpacking ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_sizes_of_blocks_are_those_of_the_format():
+    theirs = {int(type): size for type, size in gguf.GGML_QUANT_SIZES.items()}
+    theirs.pop(TYPE_ID["Q8_1"])  # the judge keeps the size of 2023; the type is never in files
+    ours = {number: (block.values, block.nbytes) for number, block in BLOCKS.items()}
+    assert {number: ours.get(number) for number in theirs} == theirs
+    assert all(BLOCKS[int(t)].name == t.name for t in gguf.GGML_QUANT_SIZES)
+
+
+def test_thirteen_types_are_unpacked():
+    names = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K"
+    assert [layout.name for layout in LAYOUTS.values()] == names.split()
+
+
+@EVERY
+@pytest.mark.parametrize("n", [1, 2, 7, 3000])
+def test_unpacking_equals_the_judge_in_every_bit(layout, n):
+    blocks = random_blocks(layout, n, seed=n)
+    ours = layout.unpack(torch.from_numpy(blocks.copy()))
+    assert ours.shape == (n, layout.block.values)
+    assert ours.dtype == torch.float32
+    assert same_bits(ours, judged(blocks, TYPE_ID[layout.name]))
+
+
+@EVERY
+def test_every_byte_value_in_every_place(layout):
+    values = np.arange(256, dtype=np.uint8)
+    blocks = np.repeat(values[:, None], layout.block.nbytes, axis=1)
+    for start, width in layout.words:
+        if width != 4 or layout.name == "F32":
+            blocks[:, start : start + width] = random_blocks(layout, 256)[:, start : start + width]
+    ours = layout.unpack(torch.from_numpy(blocks.copy()))
+    assert same_bits(ours, judged(blocks, TYPE_ID[layout.name]))
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "Q3_K", "Q4_K", "Q6_K"])
+def test_unpacking_equals_the_specification_computed_slowly(name):
+    layout, slow = LAYOUTS[TYPE_ID[name]], getattr(oracles, name.lower())
+    blocks = random_blocks(layout, 20, seed=5)
+    ours = layout.unpack(torch.from_numpy(blocks.copy()))
+    assert same_bits(ours, np.array([slow(block.tobytes()) for block in blocks]))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_all_65536_half_floats(name):
+    every = np.arange(65536, dtype="<u2")
+    layout = LAYOUTS[TYPE_ID[name]]
+    ours = layout.unpack(torch.from_numpy(every.view(np.uint8).reshape(-1, 2).copy())).numpy()
+    theirs = judged(every.view(np.uint8).reshape(-1, 2), TYPE_ID[name]).astype(np.float32)
+    np.testing.assert_array_equal(ours, theirs)  # NaN equals NaN here; infinities count
+
+
+@EVERY
+def test_rows_in_any_number_of_axes(layout):
+    blocks = torch.from_numpy(random_blocks(layout, 24))
+    flat = layout.unpack(blocks)
+    rows = layout.unpack_rows(blocks.view(2, 3, 4 * layout.block.nbytes))
+    assert rows.shape == (2, 3, 4 * layout.block.values)
+    assert torch.equal(rows.view(flat.shape), flat)
+    assert layout.unpack_rows(blocks[:0]).shape == (0, layout.block.values)
+
+
+@EVERY
+def test_a_slice_of_rows_unpacks_as_the_same_rows_of_the_whole(layout):
+    rows = torch.from_numpy(random_blocks(layout, 40)).view(10, -1)
+    whole = layout.unpack_rows(rows)
+    assert torch.equal(layout.unpack_rows(rows[3:4]), whole[3:4])
+    assert torch.equal(layout.unpack_rows(rows[::3]), whole[::3])
+    assert torch.equal(layout.unpack_rows(rows[torch.tensor([7, 0])]), whole[[7, 0]])
+
+
+@BLOCKWISE
+def test_blocks_at_an_odd_address_unpack_the_same(layout):
+    blocks = random_blocks(layout, 8)
+    shifted = np.empty(blocks.size + 1, np.uint8)
+    shifted[1:] = blocks.ravel()
+    odd = torch.from_numpy(shifted[1:]).view(8, -1)
+    also_odd = torch.from_numpy(shifted)[1:].view(8, -1)  # the same by storage offset
+    expected = layout.unpack(torch.from_numpy(blocks))
+    assert torch.equal(layout.unpack(odd), expected)
+    assert torch.equal(layout.unpack(also_odd), expected)
+    assert torch.equal(layout.unpack(also_odd[:1]), expected[:1])
+
+
+@EVERY
+def test_unpacking_compiles_without_a_break(layout):
+    """The fast path compiles a net as a whole: nothing here may ask for an address."""
+    rows = torch.from_numpy(random_blocks(layout, 4)).view(2, -1)
+    torch.compiler.reset()  # it remembers how often the method was compiled, and gives up
+    compiled = torch.compile(layout.unpack_rows, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows), layout.unpack_rows(rows))
+
+
+@EVERY
+def test_unpacking_leaves_the_packed_bytes_alone(layout):
+    blocks = torch.from_numpy(random_blocks(layout, 8))
+    before = blocks.clone()
+    layout.unpack_rows(blocks)
+    layout.swapped(blocks)
+    assert torch.equal(blocks, before)
+
+
+@EVERY
+def test_swapping_twice_is_not_swapping(layout):
+    rows = torch.from_numpy(random_blocks(layout, 8)).view(2, -1)
+    swapped = layout.swapped(rows)
+    assert not torch.equal(swapped, rows)
+    assert torch.equal(layout.swapped(swapped), rows)
+
+
+@pytest.mark.cuda
+@EVERY
+def test_cuda_equals_cpu(layout):
+    blocks = torch.from_numpy(random_blocks(layout, 3000))
+    assert same_bits(layout.unpack(blocks.cuda()).cpu(), layout.unpack(blocks).numpy())
+
+
+# ── packing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_packing_equals_the_judge_in_every_byte(name, scale):
+    values = scale * torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
+    theirs = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(pack(values, name).numpy(), theirs.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packing_zeros_and_ties_equals_the_judge(name):
+    values = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.5, 127.0, 2.5, 3.5]).repeat(2, 8)
+    values[0] = 0
+    values[1, 32:] = -values[1, :32]
+    theirs = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(pack(values, name).numpy(), theirs.view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("Q4_0", 8), ("Q4_1", 15), ("Q5_0", 16), ("Q5_1", 31), ("Q8_0", 127)]
+)
+def test_a_packed_value_is_off_by_one_step_at_most(name, steps):
+    values = torch.randn(20, 64, generator=torch.Generator().manual_seed(2))
+    back = LAYOUTS[TYPE_ID[name]].unpack_rows(pack(values, name))
+    blocks = values.view(-1, 32)
+    reach = blocks.amax(1) - blocks.amin(1) if name.endswith("1") else blocks.abs().amax(1)
+    off = (back.view(-1, 32) - blocks).abs().amax(1)
+    assert bool((off <= reach / steps * 1.01).all())
+
+
+# ── tensors of a file ────────────────────────────────────────────────────────────────────────────
+
+
+def write(path: Path, **keywords) -> dict[str, np.ndarray]:
+    """A file with a tensor of two rows of each type; returns the packed rows, little-endian."""
+    rows, tensors = {}, {}
+    for number, layout in LAYOUTS.items():
+        columns = 2 * layout.block.values
+        packed = random_blocks(layout, 4, seed=number).reshape(2, -1)
+        rows[layout.name] = packed
+        raw = torch.from_numpy(packed)
+        if keywords.get("byteorder") == ">":
+            raw = layout.swapped(raw)
+        tensors[layout.name] = (number, (2, columns), raw.numpy())
+    write_gguf(path, {}, tensors, **keywords)
+    return rows
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("alignment", [1, 32])
+def test_a_file_gives_the_same_values_in_either_byte_order(tmp_path, byteorder, alignment):
+    rows = write(tmp_path / "m.gguf", byteorder=byteorder, alignment=alignment)
+    weights = open_weights(tmp_path / "m.gguf")
+    assert list(weights) == list(rows)
+    assert len(weights) == 13
+    for name, tensor in weights.items():
+        number = TYPE_ID[name]
+        assert (tensor.name, tensor.type) == (name, name)
+        assert tensor.shape == (2, 2 * BLOCKS[number].values)
+        assert tensor.data.shape == (2, 2 * BLOCKS[number].nbytes)
+        assert tensor.unpack().shape == tensor.shape
+        assert same_bits(tensor.unpack(), judged(rows[name], number))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("extra", range(4))
+def test_plain_numbers_are_moved_to_an_address_of_their_own_width(tmp_path, name, extra):
+    values = torch.tensor([[1.0, -2.5], [3.0, 0.0]])
+    tensors = {"t" * (1 + extra): (TYPE_ID[name], (2, 2), pack(values, name).numpy())}
+    write_gguf(tmp_path / "m.gguf", {}, tensors, alignment=1)
+    (tensor,) = open_weights(tmp_path / "m.gguf").values()
+    assert tensor.data.data_ptr() % BLOCKS[TYPE_ID[name]].nbytes == 0
+    assert torch.equal(tensor.unpack(), values)
+
+
+def test_values_come_in_the_type_asked_for(tmp_path):
+    write(tmp_path / "m.gguf")
+    tensor = open_weights(tmp_path / "m.gguf")["Q4_K"]
+    assert tensor.unpack(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(tensor.unpack(torch.float16), tensor.unpack().half())
+
+
+def test_data_is_a_view_on_the_file_and_writing_never_reaches_it(tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path)
+    file = open_gguf(path)
+    tensor, before = open_weights(file)["Q8_0"], path.read_bytes()
+    assert tensor.data.data_ptr() == file.bytes_of("Q8_0").ctypes.data
+    tensor.data.zero_()
+    assert path.read_bytes() == before
+
+
+def test_tensors_outlive_the_closed_file(tmp_path):
+    rows = write(tmp_path / "m.gguf")
+    with open_gguf(tmp_path / "m.gguf") as file:
+        tensor = open_weights(file)["Q6_K"]
+    del file
+    assert same_bits(tensor.unpack(), judged(rows["Q6_K"], TYPE_ID["Q6_K"]))
+
+
+def test_scalars_and_vectors(tmp_path):
+    number = np.array([1.5], "<f4")
+    vector = np.array([1, 2, 3], "<f4")
+    tensors = {"scalar": (0, (), number.tobytes()), "vector": (0, (3,), vector.tobytes())}
+    write_gguf(tmp_path / "m.gguf", {}, tensors)
+    weights = open_weights(tmp_path / "m.gguf")
+    assert weights["scalar"].unpack().shape == ()
+    assert weights["scalar"].unpack().item() == 1.5
+    assert weights["vector"].unpack().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", [BLOCKS[number].name for number in BLOCKS.keys() - LAYOUTS.keys()])
+def test_a_type_that_we_cannot_unpack_is_named_with_its_tensor(tmp_path, name):
+    number, shape = TYPE_ID[name], (2, BLOCKS[TYPE_ID[name]].values)
+    tensors = {"blk.0.attn_q.weight": (number, shape, bytes(nbytes(number, shape)))}
+    write_gguf(tmp_path / "m.gguf", {}, tensors)
+    tensor = open_weights(tmp_path / "m.gguf")["blk.0.attn_q.weight"]
+    assert isinstance(tensor, QuantTensor)
+    with pytest.raises(UnsupportedModel, match=rf"blk\.0\.attn_q\.weight.*{name}"):
+        tensor.unpack()
+
+
+def test_the_mapping_is_read_only(tmp_path):
+    write(tmp_path / "m.gguf")
+    weights = open_weights(tmp_path / "m.gguf")
+    assert "Q4_0" in weights
+    assert "Q9_9" not in weights
+    with pytest.raises(KeyError):
+        weights["Q9_9"]
+    with pytest.raises(TypeError):
+        weights["Q4_0"] = weights["Q4_1"]  # type: ignore[index]
