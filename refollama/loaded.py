@@ -142,12 +142,13 @@ class LoadedModel:
             self._engines.clear()
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
-        for token in tokens:
+        ids = [int(token) for token in tokens]
+        for token in ids:
             if not 0 <= token < self.net.n_vocab:
                 raise BadRequest(
                     f"token id {token} is not in the vocabulary: 0 … {self.net.n_vocab - 1}"
                 )
-        return list(tokens)
+        return ids
 
 
 def load(model: str | Path, *, slots: int = 1) -> LoadedModel:

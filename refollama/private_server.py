@@ -107,14 +107,14 @@ def _explain_death(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
     process.terminate()
     try:
         process.wait(GRACE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _tail(log: IO[bytes]) -> str:

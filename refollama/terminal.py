@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
+    from rich.progress import Progress, TaskID
 
 Record = dict[str, Any]
 
@@ -137,10 +138,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Left-aligned columns with a tab between them, so that both eyes and `cut` can read it."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "\t".join(map(str.ljust, line, widths)).rstrip()
-        for line in lines  # type: ignore[arg-type]
-    )
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("\t".join(cells).rstrip() for cells in padded)
 
 
 # --- things that move ------------------------------------------------------------------------
@@ -199,16 +198,22 @@ def _show_bars(records: Iterable[Record]) -> None:
     bars: dict[str, progress.TaskID] = {}
     with progress.Progress(*columns, console=Console(stderr=True)) as display:
         for record in records:
-            status, total = str(record.get("status", "")), record.get("total")
-            if total:
-                key = record.get("digest") or status
-                if key not in bars:
-                    bars[key] = display.add_task(status)
-                done = record.get("completed") or 0
-                display.update(bars[key], description=status, total=total, completed=done)
+            status = str(record.get("status", ""))
+            if record.get("total"):
+                _move_bar(display, bars, record)
             elif status != shown:
                 display.console.print(status, markup=False, highlight=False)
             shown = status
+
+
+def _move_bar(display: Progress, bars: dict[str, TaskID], record: Record) -> None:
+    """The bar of this record's digest, moved, or drawn if it is new."""
+    status = str(record.get("status", ""))
+    key = str(record.get("digest") or status)
+    if key not in bars:
+        bars[key] = display.add_task(status)
+    done = record.get("completed") or 0
+    display.update(bars[key], description=status, total=record["total"], completed=done)
 
 
 # --- the prompt line -------------------------------------------------------------------------

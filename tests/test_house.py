@@ -67,7 +67,7 @@ def rooms_used(path):
             yield room
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: str(x).split("/")[-1])
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=str)
 def test_rooms_import_only_what_lies_below(module, path):
     room = module.split(".")[1] if "." in module else None
     if room in (None, "__main__"):

@@ -156,12 +156,12 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_requests_get_one_clear_sentence(http, case, stream):
     body, status, said = REFUSED[case]
-    if body.endswith(b"}") and b": " in body:
+    if body.endswith(b"}") and b": " in body and b"stream" not in body:
         body = body[:-1] + stream + b"}"
     response = http.post("/api/generate", content=body)
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"} and said in response.json()["error"]
-    assert len(response.json()["error"]) < 400 and "\n" not in response.json()["error"]
+    assert len(response.json()["error"]) < 500 and "\n" not in response.json()["error"]
 
 
 def test_leniency_of_the_wire(http, ask):

@@ -8,7 +8,10 @@ from refollama.errors import TemplateError
 from refollama.text.prompt import render_generate
 from refollama.text.template import Template
 
-LLAMA2 = "[INST] {{ if and .First .System }}<<SYS>>{{ .System }}<</SYS>>\n\n{{ end }}{{ .Prompt }} [/INST] "
+LLAMA2 = (
+    "[INST] {{ if and .First .System }}<<SYS>>{{ .System }}<</SYS>>\n\n{{ end }}"
+    "{{ .Prompt }} [/INST] "
+)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +31,12 @@ def test_one_turn(template, system, first, expected):
 
 
 def test_the_response_stands_behind_the_template_even_if_the_template_shows_it():
-    given = {"system": "", "prompt": "P", "first": True, "response": "R"}
-    assert render_generate("{{ .Prompt }}:", **given) == "P:R"
-    assert render_generate("{{ .Prompt }}:{{ .Response }};", **given) == "P:R;R"
+    for template, expected in (
+        ("{{ .Prompt }}:", "P:R"),
+        ("{{ .Prompt }}:{{ .Response }};", "P:R;R"),
+    ):
+        text = render_generate(template, system="", prompt="P", first=True, response="R")
+        assert text == expected
 
 
 def test_what_the_user_says_is_never_a_template():
@@ -41,5 +47,5 @@ def test_what_the_user_says_is_never_a_template():
 def test_a_parsed_template_will_do_and_a_bad_one_is_an_error():
     parsed = Template("{{ .Prompt }}!")
     assert render_generate(parsed, system="", prompt="P", first=True) == "P!"
-    with pytest.raises(TemplateError, match="line 1, column 4"):
+    with pytest.raises(TemplateError, match="line 1, column 5"):
         render_generate("{{ )", system="", prompt="P", first=True)

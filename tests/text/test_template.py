@@ -85,12 +85,14 @@ CASES = {
         ("{{ range .None }}x{{ else }}none{{ end }}", "none"),
         ("{{ range .Nil }}x{{ else }}none{{ end }}", "none"),
         ("{{ range 3 }}{{ . }}{{ end }}", "012"),
+        ("{{ range -3 }}x{{ else }}none{{ end }}", "none"),
         ("{{ range .Messages }}{{ .Role }}:{{ .Content }}\n{{ end }}", "user:hi\nassistant:ho\n"),
         ("{{ range .List }}{{ if eq . `b` }}{{ continue }}{{ end }}{{ . }}{{ end }}", "ac"),
         ("{{ range .List }}{{ if eq . `b` }}{{ break }}{{ end }}{{ . }}{{ end }}", "a"),
         ("{{ range 99 }}{{ if true }}{{ continue }}{{ end }}{{ end }}x", "x"),
         (
-            "{{ range $i, $x := .List }}{{ if eq $i (len (slice $.List 1)) }}{{ $x }}{{ end }}{{ end }}",
+            "{{ range $i, $x := .List }}"
+            "{{ if eq $i (len (slice $.List 1)) }}{{ $x }}{{ end }}{{ end }}",
             "c",
         ),
         ("{{ range $x := .None }}{{ else }}{{ $x }}{{ end }}", "[]"),
@@ -170,7 +172,8 @@ CASES = {
         ('{{ template "t" }}{{ define "t" }}{{ . }}{{ end }}', "<no value>"),
         ('{{ block "b" .Map }}{{ .k }}{{ $.k }}{{ end }}', "vv"),
         (
-            '{{ define "n" }}{{ if . }}{{ len . }}{{ template "n" (slice . 1) }}{{ end }}{{ end }}{{ template "n" .List }}',
+            '{{ define "n" }}{{ if . }}{{ len . }}{{ template "n" (slice . 1) }}{{ end }}{{ end }}'
+            '{{ template "n" .List }}',
             "321",
         ),
     ],
@@ -266,7 +269,8 @@ def test_data_that_does_not_fit_is_an_error(source, problem):
 
 
 def test_names_are_the_fields_that_are_mentioned():
-    source = "{{ if .System }}{{ $.Prompt }}{{ end }}{{ range .Messages }}{{ (index . 0).Role }}{{ end }}"
+    source = "{{ if .System }}{{ $.Prompt }}{{ end }}{{ with .Messages }}{{ (index . 0).Role }}"
+    source += "{{ end }}"
     assert Template(source).names == {"System", "Prompt", "Messages", "Role"}
     assert Template("System {{ `.Prompt` }}{{/* .First */}}").names == set()
 
@@ -304,7 +308,7 @@ def test_the_deepest_template_that_is_allowed_works():
 
 
 def test_data_nested_too_deeply_is_an_error():
-    deep = []
+    deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
     for source in ("{{ .X }}", "{{ print .X }}", "{{ json .X }}"):
@@ -313,23 +317,12 @@ def test_data_nested_too_deeply_is_an_error():
 
 
 # Pieces of the language in any order: far more often nearly right than arbitrary text is.
-SHARDS = st.lists(
-    st.sampled_from(
-        "{{ }} {{- -}} if else end range with define template block break continue . .A .L .M $ $x := = | ( ) "
-        "and or not eq lt len index slice print printf println json nil true 0 1 2.5 'c' `r` , - /* */".split()
-        + [
-            '"%d %s %v %9q"',
-            '"a"',
-            "text",
-            "\n",
-            " ",
-            "{{end}}",
-            "{{if .A}}",
-            "{{range $i, $x := .L}}",
-        ]
-    ),
-    max_size=25,
-)
+LANGUAGE = """
+{{ }} {{- -}} if else end range with define template block break continue . .A .L .M $ $x := = | (
+) and or not eq lt len index slice print printf println json nil true 0 1 2.5 'c' `r` , - /* */
+"""
+BLOCKS = ["{{end}}", "{{if .A}}", "{{range $i, $x := .L}}", '"%d %s %v %9q"', "text", "\n", " "]
+SHARDS = st.lists(st.sampled_from([*LANGUAGE.split(), *BLOCKS]), max_size=25)
 
 
 @settings(deadline=None, max_examples=1500)

@@ -559,13 +559,13 @@ def test_thousands_of_damaged_files_in_bounded_memory_and_time(tmp_path):
             else:
                 raw[at : at + 8] = struct.pack(chance.choice("<>") + "Q", chance.choice(numbers))
         path.write_bytes(raw)
-        start = time.perf_counter()
+        start = time.process_time()
         try_all_of(path)
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < MIB
-    assert slowest < 2  # seconds; a hundredth, but for a disk that hesitates
+    assert slowest < 0.5  # seconds
 
 
 @given(data=st.data())
@@ -600,10 +600,11 @@ def test_a_large_file_opens_at_once_and_no_tensor_is_read(tmp_path):
     raw = file(entries, table)
     path.write_bytes(raw)
     os.truncate(path, len(raw) + 500 * size)
+    start = time.process_time()  # of this process alone: the machine may have more to do
+    open_gguf(path)
+    seconds = time.process_time() - start
     tracemalloc.start()
-    start = time.perf_counter()
     opened = open_gguf(path)
-    seconds = time.perf_counter() - start
     views = [opened.bytes_of(name) for name in opened.tensors]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

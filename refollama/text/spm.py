@@ -1,0 +1,236 @@
+"""SentencePiece: Llama 1 and 2, Mistral. The model is rebuilt from the vocabulary in a GGUF file.
+
+    "Hello world" ─► "▁Hello▁world" ─► ▁Hello · ▁world ─► 15043 3186
+
+A GGUF file has no SentencePiece model, only its columns: text, score and type of each token. They
+are enough: the `sentencepiece` library gets a model with the same pieces and scores, of kind BPE
+(merge the pair of best score until none is left), and with every rule about spaces switched off,
+because the space in front and U+2581 for a space are matters of this file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sentencepiece
+
+from refollama.errors import FormatError, UnsupportedModel
+from refollama.text.tokenizer import (
+    Defaults,
+    SpecialTokens,
+    TokenType,
+    Vocabulary,
+    column,
+    decode_stream,
+    decode_whole,
+    flag,
+)
+
+log = logging.getLogger(__name__)
+
+SPACE = "\u2581"  # how a vocabulary writes a space; in a user's text it is one, too
+DEFAULTS = Defaults(bos_id=1, eos_id=2, unknown_id=0, add_bos=True, add_eos=False)
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs: no UTF-8 can hold them
+_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+class SpmTokenizer:
+    """A SentencePiece BPE tokenizer with byte fallback.
+
+    Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD),
+    U+2581 (it becomes a space), and specials in its middle (a space follows them).
+    Source: spec of llama.cpp, sections 4.1 to 4.7.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, scores: Sequence[float], space_prefix: bool = True
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.space_prefix = space_prefix  # does each fragment of text get a space in front?
+        self._specials = SpecialTokens.of(vocabulary)
+        self._pieces = _printed(vocabulary)
+        self._model, self._ids = _rebuilt(vocabulary, scores)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> SpmTokenizer:
+        """Build it from the metadata of a GGUF file.
+
+        Raises: UnsupportedModel if this is another kind of tokenizer; FormatError, naming the
+        key, if the vocabulary is not sound.
+        """
+        found = metadata.get("tokenizer.ggml.model")
+        if not isinstance(found, str) or found != "llama":
+            raise UnsupportedModel(f"tokenizer.ggml.model is {found!r}, not 'llama'")
+        vocabulary = Vocabulary.from_metadata(metadata, DEFAULTS)
+        size = len(vocabulary.tokens)
+        scores = column(metadata, "scores", size) or [0.0] * size
+        return cls(vocabulary, scores, flag(metadata, "add_space_prefix", True))
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.vocabulary.bos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.vocabulary.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary.tokens)
+
+    @property
+    def newline_id(self) -> int | None:
+        return self._pieces.index(b"\n") if b"\n" in self._pieces else None
+
+    def encode(
+        self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
+    ) -> list[int]:
+        text = _SURROGATES.sub("\ufffd", text)
+        ids: list[int] = []
+        for part in self._specials.split(text, special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_fragment(part, prefix=bool(ids) or not continues)
+        return self.vocabulary.around(ids) if bos else ids
+
+    def piece(self, id: int, *, first: bool = False) -> bytes:
+        self.vocabulary.check(id)
+        piece = self._pieces[id]
+        ours = first and self.space_prefix and self.vocabulary.types[id] == TokenType.NORMAL
+        return piece.removeprefix(b" ") if ours else piece
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return decode_whole(self, ids)
+
+    def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
+        return decode_stream(self, ids, after)
+
+    def _encode_fragment(self, text: str, prefix: bool) -> list[int]:
+        """Ids of a text without special tokens: the first one, or one after a special token."""
+        spaced = " " + text if prefix and self.space_prefix else text
+        found = self._model.encode(spaced.replace(" ", SPACE))
+        ids = (self._ids[index] for index in found)
+        return [id for id in ids if id is not None]
+
+
+def _printed(vocabulary: Vocabulary) -> list[bytes]:
+    """What each token prints; control, unknown and unused tokens print nothing."""
+    pieces = []
+    for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kind == TokenType.NORMAL:
+            pieces.append(_utf8(id, token.replace(SPACE, " ")))
+        elif kind == TokenType.USER_DEFINED:
+            pieces.append(_utf8(id, token))
+        elif kind == TokenType.BYTE:
+            pieces.append(_byte(id, token))
+        else:
+            pieces.append(b"")
+    return pieces
+
+
+def _utf8(id: int, token: str) -> bytes:
+    try:
+        return token.encode(errors="surrogateescape")  # bytes that are no UTF-8 stay as they are
+    except UnicodeEncodeError:
+        raise FormatError(
+            f"tokenizer.ggml.tokens: entry {id} is no valid text: {token!r}"
+        ) from None
+
+
+def _byte(id: int, token: str) -> bytes:
+    if token not in _BYTES:
+        raise FormatError(f"tokenizer.ggml.tokens: entry {id} is a byte, but its name is {token!r}")
+    return bytes([int(token[3:5], 16)])
+
+
+# ------------------------------------------------------------------- a model out of its columns
+
+# Field numbers and kinds of sentencepiece_model.proto.
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
+_TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
+_MODEL_TYPE, _BPE, _BYTE_FALLBACK = 3, 2, 35  # of TrainerSpec
+_NAME, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE = 1, 3, 4, 5  # of NormalizerSpec
+
+_Row = tuple[str, float, int]  # a piece of the library's model: text, score, type
+_UNKNOWN: _Row = ("<unk>", 0.0, TokenType.UNKNOWN)
+
+
+def _rebuilt(
+    vocabulary: Vocabulary, scores: Sequence[float]
+) -> tuple[sentencepiece.SentencePieceProcessor, list[int | None]]:
+    """The library's model and, for each of its pieces, our id (None: no such token).
+
+    It holds what text can turn into: the unknown piece, the bytes, and what can be merged.
+    """
+    bytes_ = _byte_ids(vocabulary)
+    merged = _mergeable(vocabulary)
+    rows: list[_Row] = [_UNKNOWN, *((name, 0.0, TokenType.BYTE) for name in bytes_)]
+    rows += [(text, scores[id], vocabulary.types[id]) for text, id in merged.items()]
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(_model_proto(rows, byte_fallback=bool(bytes_)))
+    except (RuntimeError, OverflowError, struct.error) as error:
+        raise FormatError(f"the vocabulary is no SentencePiece model: {error}") from None
+    return model, [vocabulary.unknown_id, *bytes_.values(), *merged.values()]
+
+
+def _byte_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The tokens that spell what no other token can: all 256 of them, or none."""
+    rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ids = {text: id for id, (text, kind) in enumerate(rows) if kind == TokenType.BYTE}
+    if len(ids) == len(_BYTES):
+        return ids
+    log.warning("the vocabulary has %d of 256 byte tokens: some text becomes unknown", len(ids))
+    return {}
+
+
+def _mergeable(vocabulary: Vocabulary) -> dict[str, int]:
+    """Text → id of the tokens that pairs may merge into; of two with one text the later counts.
+
+    Unused ones are among them because the library splits them up again; user-defined ones are
+    not, because `SpecialTokens` finds them first.
+    """
+    reserved = {"", _UNKNOWN[0], *_BYTES}
+    kinds = (TokenType.NORMAL, TokenType.UNUSED)
+    rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ids = {text: id for id, (text, kind) in enumerate(rows) if kind in kinds}
+    return {t: id for t, id in ids.items() if t not in reserved and not _SURROGATES.search(t)}
+
+
+def _model_proto(rows: Iterable[_Row], byte_fallback: bool) -> bytes:
+    """A ModelProto in protobuf's wire format. Spaces stay as they are: this file sees to them."""
+    pieces = (
+        _block(_TEXT, text.encode()) + _float(_SCORE, score) + _number(_TYPE, kind)
+        for text, score, kind in rows
+    )
+    trainer = _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, byte_fallback)
+    normalizer = _block(_NAME, b"identity")
+    normalizer += b"".join(_number(rule, 0) for rule in (_DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE))
+    specs = _block(_TRAINER, trainer) + _block(_NORMALIZER, normalizer)
+    return b"".join(_block(_PIECE, piece) for piece in pieces) + specs
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _block(field: int, payload: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

@@ -1,0 +1,325 @@
+"""What is a tokenizer to the rest of the house, and what do all of them share?
+
+    text ── SpecialTokens.split ──► fragments ── encode (spm.py) ──► ids
+    ids ── piece ──► bytes ── StreamDecoder ──► text, never half a character
+
+`Tokenizer` is the protocol; `Vocabulary` reads the part of the metadata that every kind has.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from numbers import Real
+from typing import Any, Protocol
+
+from refollama.errors import BadRequest, FormatError
+from refollama.text.stops import hang_up
+
+log = logging.getLogger(__name__)
+
+# Names by which vocabularies mark the end of a turn.  Source: llama.cpp, February 2025.
+END_MARKERS = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<EOT>")
+)
+END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+
+class Tokenizer(Protocol):
+    """Text ↔ token ids."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text; None if the vocabulary has none."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: end of text, of turn, of message."""
+
+    @property
+    def newline_id(self) -> int | None:
+        """The token that prints a line feed alone; what `penalize_newline` is about."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0 … vocab_size − 1."""
+
+    def encode(
+        self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
+    ) -> list[int]:
+        """Ids of a text.
+
+        bos: put BOS in front, and EOS at the end, as the model's metadata asks.
+        special: control tokens that are spelled in the text are meant; user-defined always are.
+        continues: the text goes on where another ended, so no space is put in front of it.
+        """
+
+    def piece(self, id: int, *, first: bool = False) -> bytes:
+        """What a token prints: b"" for control tokens, perhaps half a character.
+
+        first: as the first token that prints, without the space that `encode` put in front.
+        Raises: BadRequest for an id outside the vocabulary.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids: the inverse of `encode`. Invalid UTF-8 becomes U+FFFD."""
+
+    def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
+        """The text of an answer, piece by piece, none empty; `after` is the prompt's ids."""
+
+
+# ------------------------------------------------------------------------------- ids → text
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as its characters are complete.
+
+    Law: joined pushes + finish == decode(after + ids)[len(decode(after)):], so the space of the
+    first word of an answer is kept, unless the prompt printed nothing (BOS alone).
+    If the prompt ends in half a character, that half counts as the answer's: the answer
+    completes it, or begins with U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False  # has any token printed something?
+        for id in after:
+            self.push(id)
+
+    def push(self, id: int) -> str:
+        """The characters that this token completes; often one word, sometimes nothing."""
+        piece = self._tokenizer.piece(id)
+        if piece and not self._begun:
+            self._begun = True
+            piece = self._tokenizer.piece(id, first=True)
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """No more ids come: U+FFFD if they ended in half a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def decode_whole(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """`Tokenizer.decode` for every kind: the whole is the sum of the stream."""
+    decoder = StreamDecoder(tokenizer)
+    return "".join(map(decoder.push, ids)) + decoder.finish()
+
+
+def decode_stream(
+    tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()
+) -> Iterator[str]:
+    """`Tokenizer.stream` for every kind. `ids` is closed at the end if it can be."""
+    decoder = StreamDecoder(tokenizer, after)
+    try:
+        for id in ids:
+            if text := decoder.push(id):
+                yield text
+        if text := decoder.finish():
+            yield text
+    finally:
+        hang_up(ids)
+
+
+# --------------------------------------------------------------------- special tokens in text
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Tokens that are found in a text by their spelling, before anything else is tokenised.
+
+    At each place the longest spelling wins.
+    """
+
+    ids: Mapping[str, int]  # every special spelling
+    _always: re.Pattern[str]  # user-defined tokens
+    _asked: re.Pattern[str]  # these, control tokens and the unknown token
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> SpecialTokens:
+        wanted = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+        rows = [
+            (text, id, kind)
+            for id, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+            if kind in wanted and text
+        ]
+        ids = {text: id for text, id, _ in rows}
+        always = {text for text, _, kind in rows if kind == TokenType.USER_DEFINED}
+        return cls(ids, _any_of(always), _any_of(ids))
+
+    def split(self, text: str, special: bool) -> Iterator[str | int]:
+        """Text fragments, never empty, and the ids of special tokens, in order."""
+        end = 0
+        for match in (self._asked if special else self._always).finditer(text):
+            if match.start() > end:
+                yield text[end : match.start()]
+            yield self.ids[match.group()]
+            end = match.end()
+        if end < len(text):
+            yield text[end:]
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the spellings; for none at all if there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+# ------------------------------------------------------------------------------- vocabulary
+
+
+class TokenType(IntEnum):
+    """How a token is used.  Source: GGUF specification, `tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a kind of tokenizer assumes where the metadata is silent."""
+
+    bos_id: int
+    eos_id: int
+    unknown_id: int | None
+    add_bos: bool
+    add_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a GGUF file, what they are for, and what is put around a text."""
+
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    eos_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], default: Defaults) -> Vocabulary:
+        """Read the `tokenizer.ggml.*` keys.
+
+        Raises: FormatError, naming the key, if a value is missing or does not fit.
+        Source: llama.cpp's keys and defaults; ids outside the vocabulary are ignored, with a
+        warning, and so are end markers' own types: they are control tokens.
+        """
+        tokens = _tokens(metadata)
+        size = len(tokens)
+        bos = token_id(metadata, "bos", size, default.bos_id)
+        eos = token_id(metadata, "eos", size, default.eos_id)
+        unknown = token_id(metadata, "unknown", size, default.unknown_id)
+        named = (token_id(metadata, name, size) for name in END_KEYS)
+        ends = frozenset(id for id in (eos, *named) if id is not None)
+        ends |= {id for id, token in enumerate(tokens) if token in END_MARKERS}
+        types = column(metadata, "token_type", size) or _guessed_types(tokens, bos, unknown)
+        return cls(
+            tokens=tokens,
+            types=tuple(TokenType.CONTROL if id in ends else t for id, t in enumerate(types)),
+            bos_id=bos,
+            eos_id=eos,
+            unknown_id=unknown,
+            eos_ids=ends,
+            add_bos=flag(metadata, "add_bos_token", default.add_bos),
+            add_eos=flag(metadata, "add_eos_token", default.add_eos),
+        )
+
+    def around(self, ids: list[int]) -> list[int]:
+        """The ids with BOS and EOS where the model wants them."""
+        before = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        behind = [self.eos_id] if self.add_eos and self.eos_id is not None else []
+        return before + ids + behind
+
+    def check(self, id: int) -> None:
+        """Raises: BadRequest if there is no such token; a context sent by a client may lie."""
+        if not 0 <= id < len(self.tokens):
+            raise BadRequest(f"token id {id} is not in the vocabulary of {len(self.tokens)} tokens")
+
+
+def token_id(
+    metadata: Mapping[str, Any], name: str, size: int, default: int | None = None
+) -> int | None:
+    """The id of `tokenizer.ggml.NAME_token_id`, or None if there is no such token."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key, default)
+    if value is None:
+        return None
+    id = _integer(key, value)
+    if 0 <= id < size:
+        return id
+    if key in metadata:
+        log.warning("%s is %d, outside the vocabulary of %d tokens; ignored", key, id, size)
+    return None
+
+
+def flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    """The truth value of `tokenizer.ggml.NAME`; 0 and 1 pass, as do numpy's booleans."""
+    key = f"tokenizer.ggml.{name}"
+    value = metadata.get(key, default)
+    if getattr(value, "ndim", 0) == 0 and value in (True, False):
+        return bool(value)
+    raise FormatError(f"{key} must be true or false, not {value!r}")
+
+
+def column(metadata: Mapping[str, Any], name: str, size: int) -> list[Any] | None:
+    """The list `tokenizer.ggml.NAME`, one number for each token; None if it is absent."""
+    key = f"tokenizer.ggml.{name}"
+    if metadata.get(key) is None:
+        return None
+    values = _as_list(key, metadata[key])
+    if len(values) != size:
+        raise FormatError(f"{key} has {len(values)} entries for {size} tokens")
+    if not all(isinstance(value, Real) and value == value for value in values):  # NaN ≠ NaN
+        raise FormatError(f"{key} must hold numbers only")
+    return values
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    key = "tokenizer.ggml.tokens"
+    tokens = _as_list(key, metadata.get(key, []))
+    if not tokens:
+        raise FormatError(f"{key} is missing or empty: a model needs a vocabulary")
+    wrong = next((id for id, token in enumerate(tokens) if not isinstance(token, str)), None)
+    if wrong is not None:
+        raise FormatError(f"{key}: entry {wrong} is no text, but {tokens[wrong]!r}")
+    return tuple(tokens)
+
+
+def _guessed_types(tokens: Sequence[str], bos: int | None, unknown: int | None) -> list[int]:
+    """Types for a file that has none: byte tokens are known by name, BOS and unknown by id."""
+    types = [
+        TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
+        for token in tokens
+    ]
+    if bos is not None:
+        types[bos] = TokenType.CONTROL
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+    return list(types)
+
+
+def _as_list(key: str, values: Any) -> list[Any]:
+    """A list or an array (anything with `tolist`) as a list of Python's own values."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, list | tuple):
+        return list(values)
+    raise FormatError(f"{key} must be a list, not {type(values).__name__}")
+
+
+def _integer(key: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise FormatError(f"{key} must be an integer, not {value!r}") from None

@@ -1,0 +1,421 @@
+"""What do the bytes of a tensor mean?  One function per block layout, and one table of them.
+
+A tensor stays packed: (rows, row_bytes) uint8, a view on the mapped file. `Layout.unpack_rows`
+turns packed rows into float32, on whatever device the bytes are; `pack` goes the other way.
+
+In the byte maps below, `byte 0..1  d` means that d stands in the bytes 0 and 1 of each block, i
+counts its values, and scalars of several bytes are little-endian, as is every machine that torch
+is released for. All arithmetic is float32 in the order written: scale · sub-scale first, then ·
+quant, then − minimum. So the values equal those of ggml bit for bit.
+
+Source: ggml.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refollama.errors import UnsupportedModel
+from refollama.weights.blocks import BLOCKS, TYPE_ID, Block
+from refollama.weights.gguf import GGUF, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A block type, and what its bytes mean."""
+
+    block: Block
+    unpack: Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, values) float32
+    words: tuple[tuple[int, int], ...]  # (first byte, width) of each scalar of several bytes
+    pack: Callable[[Tensor], Tensor] | None = None  # (n, values) float32 → (n, nbytes) uint8
+
+    @property
+    def name(self) -> str:
+        return self.block.name
+
+    def unpack_rows(self, data: Tensor) -> Tensor:
+        """Packed rows → values.  (…, row_bytes) uint8 → (…, cols) float32
+
+        F32 comes back as a view of `data`, all others as new memory.
+        """
+        n = data.numel() // self.block.nbytes
+        cols = data.shape[-1] // self.block.nbytes * self.block.values
+        return self.unpack(data.reshape(n, self.block.nbytes)).view(*data.shape[:-1], cols)
+
+    def pack_rows(self, values: Tensor) -> Tensor:
+        """Values → packed rows.  (…, cols) float32 → (…, row_bytes) uint8"""
+        assert self.pack is not None, f"{self.name} cannot be packed"
+        n = values.numel() // self.block.values
+        row_bytes = values.shape[-1] // self.block.values * self.block.nbytes
+        blocks = self.pack(values.float().reshape(n, self.block.values))
+        return blocks.reshape(*values.shape[:-1], row_bytes)
+
+    def swapped(self, data: Tensor) -> Tensor:
+        """A copy in the other byte order.  (…, row_bytes) uint8 → the same shape"""
+        blocks = data.reshape(data.numel() // self.block.nbytes, self.block.nbytes).clone()
+        for start, width in self.words:
+            blocks[:, start : start + width] = blocks[:, start : start + width].flip(1)
+        return blocks.view(data.shape)
+
+
+# ── scalars inside blocks ────────────────────────────────────────────────────────────────────────
+
+
+def _half(block: Tensor, start: int) -> Tensor:
+    """The float16 at byte `start` of each block, as float32.  (n, nbytes) → (n, 1)
+
+    Copied out first: two bytes of every block are no contiguous float16, nor need they be even.
+    """
+    two = block[:, start : start + 2].clone(memory_format=torch.contiguous_format)
+    return two.view(torch.float16).float()
+
+
+def _nibbles(q: Tensor) -> Tensor:
+    """Low halves, then high halves, along a new axis before the last.  (…, k) → (…, 2, k)"""
+    return torch.stack((q & 15, q >> 4), dim=-2)
+
+
+def _shifted(q: Tensor, step: int, mask: int) -> Tensor:
+    """The 8 / step fields of every byte, lowest first.  (…, k) → (…, 8 / step, k)"""
+    shifts = torch.arange(0, 8, step, dtype=torch.uint8, device=q.device)
+    return (q.unsqueeze(-2) >> shifts.unsqueeze(-1)) & mask
+
+
+# ── plain numbers ────────────────────────────────────────────────────────────────────────────────
+
+
+def f32(block: Tensor) -> Tensor:
+    """byte 0..3  value, float32                    (n, 4) uint8 → (n, 1) float32, a view."""
+    return block.view(torch.float32)
+
+
+def f16(block: Tensor) -> Tensor:
+    """byte 0..1  value, float16                    (n, 2) uint8 → (n, 1) float32."""
+    return block.view(torch.float16).float()
+
+
+def bf16(block: Tensor) -> Tensor:
+    """byte 0..1  value, the upper half of a float32          (n, 2) uint8 → (n, 1) float32."""
+    return block.view(torch.bfloat16).float()
+
+
+# ── blocks of 32: one scale, perhaps one minimum ─────────────────────────────────────────────────
+
+
+def q4_0(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..17  q[32]  4 bits: low halves are q[0..15], high halves q[16..31]
+    value[i] = d · (q[i] − 8)                       (n, 18) uint8 → (n, 32) float32.
+    """
+    q = _nibbles(block[:, 2:]).flatten(1).float()
+    return q.sub_(8).mul_(_half(block, 0))
+
+
+def q4_1(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..3   m      float16, minimum
+    byte 4..19  q[32]  4 bits: low halves are q[0..15], high halves q[16..31]
+    value[i] = d · q[i] + m                         (n, 20) uint8 → (n, 32) float32.
+    """
+    q = _nibbles(block[:, 4:]).flatten(1).float()
+    return q.mul_(_half(block, 0)).add_(_half(block, 2))
+
+
+def _fifth_bits(h: Tensor) -> Tensor:
+    """Bit i of 32 bits, worth 16, for each value i.  (n, 4) uint8 → (n, 32)"""
+    bits = torch.arange(8, dtype=torch.uint8, device=h.device)
+    return (((h.unsqueeze(-1) >> bits) & 1) << 4).flatten(1)
+
+
+def q5_0(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..5   h      uint32, bit i is bit 4 of q[i]
+    byte 6..21  q[32]  bits 0..3: low halves are q[0..15], high halves q[16..31]
+    value[i] = d · (q[i] − 16)                      (n, 22) uint8 → (n, 32) float32.
+    """
+    q = _nibbles(block[:, 6:]).flatten(1) | _fifth_bits(block[:, 2:6])
+    return q.float().sub_(16).mul_(_half(block, 0))
+
+
+def q5_1(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..3   m      float16, minimum
+    byte 4..7   h      uint32, bit i is bit 4 of q[i]
+    byte 8..23  q[32]  bits 0..3: low halves are q[0..15], high halves q[16..31]
+    value[i] = d · q[i] + m                         (n, 24) uint8 → (n, 32) float32.
+    """
+    q = _nibbles(block[:, 8:]).flatten(1) | _fifth_bits(block[:, 4:8])
+    return q.float().mul_(_half(block, 0)).add_(_half(block, 2))
+
+
+def q8_0(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..33  q[32]  int8
+    value[i] = d · q[i]                             (n, 34) uint8 → (n, 32) float32.
+    """
+    return block[:, 2:].view(torch.int8).float().mul_(_half(block, 0))
+
+
+# ── blocks of 256: sub-blocks of 16 or 32 with small scales of their own ─────────────────────────
+
+
+def q2_k(block: Tensor) -> Tensor:
+    """byte 0..15   s[16]  low half: scale, high half: minimum, of sub-blocks of 16
+    byte 16..79  q      2 bits: two groups of 32 bytes, in each 4 runs of 32 values, lowest first
+    byte 80..81  d      float16, step size of the scales
+    byte 82..83  m      float16, step size of the minima
+    value[16·j + k] = d · scale[j] · q − m · minimum[j]       (n, 84) uint8 → (n, 256) float32.
+    """
+    scale, minimum = block[:, :16] & 15, block[:, :16] >> 4  # (n, 16)
+    q = _shifted(block[:, 16:80].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
+    step, low = _half(block, 80) * scale, _half(block, 82) * minimum
+    return _scaled(q.view(-1, 16, 16), step, low)
+
+
+def q3_k(block: Tensor) -> Tensor:
+    """byte 0..31     h   1 bit: bit j of byte k is bit 2 of value[32·j + k]
+    byte 32..95    q   bits 0, 1: two groups of 32 bytes, in each 4 runs of 32 values
+    byte 96..107   s   16 scales of 6 bits: `_six_bits`
+    byte 108..109  d   float16, step size of the scales
+    value[16·j + k] = d · (s[j] − 32) · (q − 4)     (n, 110) uint8 → (n, 256) float32.
+    """
+    high = _shifted(block[:, :32], 1, 1)  # (n, 8, 32)
+    q = _shifted(block[:, 32:96].view(-1, 2, 32), 2, 3).view(-1, 8, 32) | high << 2
+    step = _half(block, 108) * _six_bits(block[:, 96:108]).float().sub_(32)
+    return _scaled(q.view(-1, 16, 16).view(torch.int8) - 4, step)
+
+
+def _six_bits(s: Tensor) -> Tensor:
+    """byte 0..7   bits 0..3: low halves are s[0..7], high halves s[8..15]
+    byte 8..11  bits 4, 5: byte k holds those of s[k], s[4 + k], s[8 + k], s[12 + k], lowest first
+    (n, 12) uint8 → (n, 16)
+    """
+    low, high = _nibbles(s[:, :8]), _shifted(s[:, 8:], 2, 3)  # (n, 2, 8), (n, 4, 4)
+    return low.flatten(1) | high.flatten(1) << 4
+
+
+def q4_k(block: Tensor) -> Tensor:
+    """byte 0..1     d   float16, step size of the scales
+    byte 2..3     m   float16, step size of the minima
+    byte 4..15        8 scales and 8 minima of 6 bits: `_scales_and_minima`
+    byte 16..143  q   4 bits: 4 groups of 32 bytes, low halves are 32 values, high halves the next
+    value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 144) uint8 → (n, 256) float32.
+    """
+    scale, minimum = _scales_and_minima(block[:, 4:16])
+    q = _nibbles(block[:, 16:].view(-1, 4, 32))  # (n, 4, 2, 32)
+    return _scaled(q.view(-1, 8, 32), _half(block, 0) * scale, _half(block, 2) * minimum)
+
+
+def q5_k(block: Tensor) -> Tensor:
+    """byte 0..1     d   float16, step size of the scales
+    byte 2..3     m   float16, step size of the minima
+    byte 4..15        8 scales and 8 minima of 6 bits: `_scales_and_minima`
+    byte 16..47   h   1 bit: bit j of byte k is bit 4 of value[32·j + k]
+    byte 48..175  q   bits 0..3: 4 groups of 32 bytes, low halves are 32 values, high the next
+    value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 176) uint8 → (n, 256) float32.
+    """
+    scale, minimum = _scales_and_minima(block[:, 4:16])
+    high = _shifted(block[:, 16:48], 1, 1)  # (n, 8, 32)
+    q = _nibbles(block[:, 48:].view(-1, 4, 32)).view(-1, 8, 32) | high << 4
+    return _scaled(q, _half(block, 0) * scale, _half(block, 2) * minimum)
+
+
+def _scales_and_minima(s: Tensor) -> tuple[Tensor, Tensor]:
+    """byte 0..3   bits 0..5: scale[0..3],   bits 6, 7: bits 4, 5 of scale[4..7]
+    byte 4..7   bits 0..5: minimum[0..3], bits 6, 7: bits 4, 5 of minimum[4..7]
+    byte 8..11  low half: bits 0..3 of scale[4..7], high half: of minimum[4..7]
+    (n, 12) uint8 → (n, 8), (n, 8)
+    """
+    a, b, c = s[:, :4], s[:, 4:8], s[:, 8:]
+    scale = torch.cat((a & 63, c & 15 | a >> 6 << 4), dim=1)
+    minimum = torch.cat((b & 63, c >> 4 | b >> 6 << 4), dim=1)
+    return scale, minimum
+
+
+def q6_k(block: Tensor) -> Tensor:
+    """byte 0..127    q       bits 0..3: two groups of 64 bytes; low halves 64 values, high the next
+    byte 128..191  h       bits 4, 5: two groups of 32 bytes, in each 4 runs of 32, lowest first
+    byte 192..207  s[16]   int8, scales of sub-blocks of 16
+    byte 208..209  d       float16, step size of the scales
+    value[16·j + k] = d · s[j] · (q − 32)           (n, 210) uint8 → (n, 256) float32.
+    """
+    high = _shifted(block[:, 128:192].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
+    low = _nibbles(block[:, :128].view(-1, 2, 64))  # (n, 2, 2, 64)
+    q = low.view(-1, 16, 16) | (high << 4).view(-1, 16, 16)
+    step = _half(block, 208) * block[:, 192:208].view(torch.int8)
+    return _scaled(q.view(torch.int8) - 32, step)
+
+
+def _scaled(q: Tensor, step: Tensor, low: Tensor | None = None) -> Tensor:
+    """q · step − low, for every sub-block.  (n, j, k), (n, j), (n, j) → (n, j·k) float32
+
+    Two roundings, never one: a fused multiply-add would differ from ggml in the last bit.
+    """
+    values = q.float().mul_(step.unsqueeze(-1))
+    if low is not None:
+        values.sub_(low.unsqueeze(-1))
+    return values.flatten(1)
+
+
+# ── packing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """Numbers as their bytes.  (n, k) → (n, k · width) uint8"""
+    return values.contiguous().view(torch.uint8)
+
+
+def _joined(q: Tensor) -> Tensor:
+    """Values of 4 bits in pairs: the inverse of `_nibbles`.  (n, 32) uint8 → (n, 16)"""
+    return q[:, :16] & 15 | q[:, 16:] << 4
+
+
+def _inverse(d: Tensor) -> Tensor:
+    """1 / d, and 0 where d is 0: a block of zeros stays one."""
+    return torch.where(d == 0, d, 1 / d)
+
+
+def pack_q4_0(values: Tensor) -> Tensor:
+    """The value farthest from zero becomes −8 · d exactly.  (n, 32) float32 → (n, 18) uint8"""
+    farthest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    d = farthest / -8
+    q = (values * _inverse(d) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    return torch.cat((_bytes(d.half()), _joined(q)), dim=1)
+
+
+def pack_q4_1(values: Tensor) -> Tensor:
+    """15 steps from the least value to the greatest.  (n, 32) float32 → (n, 20) uint8"""
+    d, m, q = _ranged(values, 15)
+    return torch.cat((_bytes(d), _bytes(m), _joined(q)), dim=1)
+
+
+def pack_q5_0(values: Tensor) -> Tensor:
+    """The value farthest from zero becomes −16 · d exactly.  (n, 32) float32 → (n, 22) uint8"""
+    farthest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    d = farthest / -16
+    q = (values * _inverse(d) + 16.5).trunc().clamp(0, 31).to(torch.uint8)
+    return torch.cat((_bytes(d.half()), _packed_fifths(q), _joined(q)), dim=1)
+
+
+def pack_q5_1(values: Tensor) -> Tensor:
+    """31 steps from the least value to the greatest.  (n, 32) float32 → (n, 24) uint8"""
+    d, m, q = _ranged(values, 31)
+    return torch.cat((_bytes(d), _bytes(m), _packed_fifths(q), _joined(q)), dim=1)
+
+
+def _ranged(values: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Step size and least value as float16 (n, 1), quants uint8 (n, 32)."""
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    d = (high - low) / steps
+    q = ((values - low) * _inverse(d) + 0.5).trunc().clamp(0, steps).to(torch.uint8)
+    return d.half(), low.half(), q
+
+
+def _packed_fifths(q: Tensor) -> Tensor:
+    """Bit 4 of 32 values: the inverse of `_fifth_bits`.  (n, 32) uint8 → (n, 4)"""
+    bits = torch.arange(8, dtype=torch.uint8, device=q.device)
+    return ((q >> 4).view(-1, 4, 8) << bits).sum(-1, dtype=torch.uint8)
+
+
+def pack_q8_0(values: Tensor) -> Tensor:
+    """The value farthest from zero becomes ±127.  (n, 32) float32 → (n, 34) uint8"""
+    d = values.abs().amax(1, keepdim=True) / 127
+    q = values * _inverse(d)
+    q = (q.abs() + 0.5).floor().copysign(q)  # halves away from zero, as C rounds; torch: to even
+    return torch.cat((_bytes(d.half()), _bytes(q.to(torch.int8))), dim=1)
+
+
+def pack(values: Tensor, type: str) -> Tensor:
+    """Values → packed rows of a type such as "Q8_0".  (…, cols) → (…, row_bytes) uint8"""
+    return LAYOUTS[TYPE_ID[type]].pack_rows(values)
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────
+
+_HALF = (0, 2)
+_TWO_HALVES = ((0, 2), (2, 2))
+
+LAYOUTS: Mapping[int, Layout] = {
+    TYPE_ID[name]: Layout(BLOCKS[TYPE_ID[name]], unpack, words, pack_blocks)
+    for name, unpack, words, pack_blocks in (
+        ("F32", f32, ((0, 4),), _bytes),
+        ("F16", f16, (_HALF,), lambda values: _bytes(values.half())),
+        ("BF16", bf16, (_HALF,), lambda values: _bytes(values.bfloat16())),
+        ("Q4_0", q4_0, (_HALF,), pack_q4_0),
+        ("Q4_1", q4_1, _TWO_HALVES, pack_q4_1),
+        ("Q5_0", q5_0, ((0, 2), (2, 4)), pack_q5_0),
+        ("Q5_1", q5_1, ((0, 2), (2, 2), (4, 4)), pack_q5_1),
+        ("Q8_0", q8_0, (_HALF,), pack_q8_0),
+        ("Q2_K", q2_k, ((80, 2), (82, 2)), None),
+        ("Q3_K", q3_k, ((108, 2),), None),
+        ("Q4_K", q4_k, _TWO_HALVES, None),
+        ("Q5_K", q5_k, _TWO_HALVES, None),
+        ("Q6_K", q6_k, ((208, 2),), None),
+    )
+}
+
+
+# ── tensors ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # eq=False: tensors do not compare to one truth value
+class QuantTensor:
+    """A tensor as it lies in the file: its bytes, and what they mean."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # such as "Q4_0"
+    data: Tensor  # (*shape[:-1], row_bytes) uint8, a view on the mapped file
+
+    @property
+    def layout(self) -> Layout:
+        """How to unpack it.  Raises: UnsupportedModel for a type that is not in LAYOUTS."""
+        number = TYPE_ID[self.type]
+        if number not in LAYOUTS:
+            known = ", ".join(layout.name for layout in LAYOUTS.values())
+            raise UnsupportedModel(
+                f"tensor '{self.name}' is packed as {self.type}, which cannot be unpacked; "
+                f"known are: {known}"
+            )
+        return LAYOUTS[number]
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, of `shape`.  F32 in float32 is a view of `data`; writing to it changes it.
+
+        Raises: UnsupportedModel, as `layout` does.
+        """
+        return self.layout.unpack_rows(self.data).view(self.shape).to(dtype)
+
+
+class Weights(Mapping[str, QuantTensor]):
+    """The tensors of an open file by name, each made when asked for.  Nothing is read before."""
+
+    def __init__(self, gguf: GGUF) -> None:
+        self.gguf = gguf
+
+    def __getitem__(self, name: str) -> QuantTensor:
+        info = self.gguf.tensors[name]
+        return QuantTensor(name, info.shape, BLOCKS[info.type].name, self._rows(info))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.gguf.tensors)
+
+    def __len__(self) -> int:
+        return len(self.gguf.tensors)
+
+    def _rows(self, info: TensorInfo) -> Tensor:
+        """(*shape[:-1], row_bytes) uint8; a view wherever the bytes can be used as they stand."""
+        rows, block = info.shape[:-1], BLOCKS[info.type]
+        data = torch.from_numpy(self.gguf.bytes_of(info.name))
+        data = data.view(*rows, info.nbytes // math.prod(rows))
+        if self.gguf.byteorder == ">" and info.type in LAYOUTS:
+            return LAYOUTS[info.type].swapped(data)
+        # Plain numbers are computed with where they lie, and not every processor can do that at
+        # an address that is no multiple of their width. A file may have an alignment of 1.
+        misplaced = block.values == 1 and data.data_ptr() % block.nbytes
+        return data.clone() if misplaced else data

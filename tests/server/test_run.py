@@ -1,0 +1,178 @@
+"""The real server: a process of its own, sockets, the official client, signals."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from refollama.server.run import is_loopback
+from tests.server.conftest import GREEDY
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(**environment):
+    """`refollama serve` on a free port; yields its address and the process."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refollama", "serve"],
+        env=os.environ | {"OLLAMA_HOST": f"127.0.0.1:{port}"} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                httpx.head(url)
+                break
+            time.sleep(0.05)
+        yield url, process
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def server(store):
+    with running(OLLAMA_MODELS=store) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def made(server, tiny):
+    """The server with a model named `tiny`."""
+    body = {"model": "tiny", "modelfile": f"FROM {tiny}", "stream": False}
+    assert httpx.post(f"{server}/api/create", json=body, timeout=60).json() == {"status": "success"}
+    return server
+
+
+def test_pieces_arrive_one_by_one_in_chunks(made):
+    body = {"model": "tiny", "prompt": "the", "options": GREEDY | {"num_predict": 100}}
+    with httpx.stream("POST", f"{made}/api/generate", json=body, timeout=60) as response:
+        assert response.headers["Transfer-Encoding"] == "chunked"
+        chunks = [chunk for chunk in response.iter_raw() if chunk]
+    assert len(chunks) > 10
+    assert json.loads(b"".join(chunks).splitlines()[-1])["done"] is True
+
+
+def test_the_official_client(made):
+    import ollama
+
+    client = ollama.Client(host=made)
+    assert "tiny:latest" in [model.model for model in client.list().models]
+    whole = client.generate("tiny", "the", options=GREEDY)
+    parts = list(client.generate("tiny", "the", options=GREEDY, stream=True))
+    assert "".join(part.response for part in parts) == whole.response
+    assert parts[-1].done and parts[-1].done_reason == "length"
+    assert parts[-1].eval_count == whole.eval_count == 12
+    assert whole.total_duration >= whole.eval_duration > 0
+    again = client.generate("tiny", "e", context=whole.context, options=GREEDY)
+    assert list(again.context)[: len(whole.context)] == list(whole.context)
+    with pytest.raises(ollama.ResponseError, match="try pulling it first") as caught:
+        client.generate("nope", "hi")
+    assert caught.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="num_ctx"):
+        list(client.generate("tiny", "hi", options={"num_ctx": "x"}, stream=True))
+
+
+def test_a_client_that_hangs_up_frees_the_slot_for_the_next(made):
+    """With one slot, the next answer could not come while the first is being written."""
+    long = {"model": "tiny", "prompt": "a", "options": {"num_predict": -1, "seed": 1}}
+    for _ in range(3):
+        with httpx.stream("POST", f"{made}/api/generate", json=long, timeout=60) as response:
+            next(response.iter_raw())
+        start = time.monotonic()
+        short = {"model": "tiny", "prompt": "a", "stream": False, "options": {"num_predict": 1}}
+        assert httpx.post(f"{made}/api/generate", json=short, timeout=60).status_code == 200
+        assert time.monotonic() - start < 20
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(made):
+    def ask(n):
+        body = {"model": "tiny", "prompt": "a" * n, "stream": False, "options": GREEDY}
+        return httpx.post(f"{made}/api/generate", json=body, timeout=60).json()["response"]
+
+    alone = [ask(n) for n in range(1, 9)]
+    together = [""] * 8
+
+    def put(n):
+        together[n - 1] = ask(n)
+
+    threads = [threading.Thread(target=put, args=(n,)) for n in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_a_body_in_chunks_without_a_length(made):
+    def body():
+        yield b'{"model": "tiny", "prompt": '
+        yield b'"the", "stream": false, "options": {"num_predict": 2}}'
+
+    answer = httpx.post(f"{made}/api/generate", content=body(), timeout=60)
+    assert answer.json()["eval_count"] <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_cleanly_when_told_to(number, tiny, tmp_path):
+    with running(OLLAMA_MODELS=str(tmp_path)) as (url, process):
+        body = {"model": str(tiny), "prompt": "a", "options": {"num_predict": -1}}
+        with httpx.stream("POST", f"{url}/api/generate", json=body, timeout=60) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            process.send_signal(number)
+            with contextlib.suppress(httpx.TransportError):
+                list(pieces)
+        assert process.wait(10) in (0, 130)
+        log = process.stderr.read()
+        assert "stopped" in log and "Traceback" not in log
+
+
+def test_a_taken_port_is_said_in_one_sentence(server):
+    port = server.rsplit(":", 1)[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "refollama", "serve", "--host", f"127.0.0.1:{port}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and f"port {port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "yes"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.0.1", False),
+        ("box.example", False),
+    ],
+)
+def test_loopback(host, yes):
+    assert is_loopback(host) is yes

@@ -1,0 +1,162 @@
+"""Laws that every tokenizer shares: streams, half characters, special tokens, end markers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from refollama.errors import BadRequest
+from refollama.text.spm import SpmTokenizer
+from refollama.text.stops import hang_up
+from refollama.text.tokenizer import SpecialTokens, StreamDecoder
+from tests.text.vocabularies import columns, extended, trained
+
+TOKENIZER = SpmTokenizer.from_metadata(
+    extended(("<|im_end|>", 4), ("<|im_start|>", 3), ("user", 4), ("<|", 3), ("<|x", 3))
+)
+SIZE = TOKENIZER.vocab_size
+LLAMA = list("🦙".encode())  # four bytes; the token of byte b has id b + 3
+
+# Any ids at all, with bytes far more often than a model would draw them.
+IDS = st.lists(st.integers(0, SIZE - 1) | st.integers(3 + 0x80, 3 + 0xFF), max_size=20)
+
+
+def judge(ids: list[int]) -> str:
+    """decode by its definition: all bytes at once, less the one space of the first that prints."""
+    pieces = [(TOKENIZER.piece(id), TOKENIZER.vocabulary.types[id]) for id in ids]
+    printing = [(piece, kind) for piece, kind in pieces if piece]
+    data = b"".join(piece for piece, _ in printing)
+    if printing and printing[0][1] == 1:
+        data = data.removeprefix(b" ")
+    return data.decode(errors="replace")
+
+
+def ends_in_half_a_character(ids: list[int]) -> bool:
+    data = b"".join(map(TOKENIZER.piece, ids))
+    for length in (1, 2, 3):
+        try:
+            data[-length:].decode()
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return True
+    return False
+
+
+@settings(deadline=None, max_examples=500)
+@given(IDS)
+def test_streamed_equals_whole(ids):
+    assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids) == judge(ids)
+
+
+@settings(deadline=None, max_examples=500)
+@given(IDS, IDS)
+@example([1], TOKENIZER.encode("hello"))  # BOS prints nothing: the first space is not text
+@example(TOKENIZER.encode("hello"), TOKENIZER.encode("hello"))
+@example([3 + LLAMA[0], 3 + LLAMA[1]], [3 + LLAMA[2], 3 + LLAMA[3]])
+def test_an_answer_is_what_it_adds_to_its_prompt(prompt, answer):
+    """A prompt that ends in half a character leaves that half to the answer."""
+    shown = len(judge(prompt)) - ends_in_half_a_character(prompt)
+    assert "".join(TOKENIZER.stream(answer, after=prompt)) == judge(prompt + answer)[shown:]
+
+
+def test_the_first_space_of_an_answer_is_kept():
+    hello = TOKENIZER.encode("hello")
+    assert "".join(TOKENIZER.stream(hello, after=[1])) == "hello"
+    assert "".join(TOKENIZER.stream(hello, after=[1, *hello])) == " hello"
+    assert "".join(TOKENIZER.stream(hello, after=[1, *TOKENIZER.encode("")])) == "hello"
+
+
+def test_half_a_character_is_never_shown():
+    decoder = StreamDecoder(TOKENIZER)
+    assert [decoder.push(byte + 3) for byte in LLAMA] == ["", "", "", "🦙"]
+    assert decoder.finish() == ""
+    assert [decoder.push(byte + 3) for byte in LLAMA[:2]] == ["", ""]
+    assert decoder.finish() == "\ufffd"
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_completed_by_the_answer():
+    prompt, answer = ([byte + 3 for byte in half] for half in (LLAMA[:2], LLAMA[2:]))
+    assert list(TOKENIZER.stream(answer, after=prompt)) == ["🦙"]
+    assert "".join(TOKENIZER.stream([ord("x") + 3], after=prompt)) == "\ufffdx"
+
+
+def test_closing_a_stream_closes_where_its_ids_come_from():
+    closed = []
+
+    def source():
+        try:
+            while True:
+                yield ord("x") + 3
+        finally:
+            closed.append(True)
+
+    ids = source()
+    stream = TOKENIZER.stream(ids)
+    assert next(stream) == "x"
+    hang_up(stream)
+    assert closed
+
+
+@pytest.mark.parametrize("id", [-1, SIZE, 10**9])
+def test_an_id_outside_the_vocabulary_is_a_bad_request(id):
+    with pytest.raises(BadRequest, match=f"token id {id} is not in the vocabulary of {SIZE}"):
+        TOKENIZER.decode([id])
+
+
+# ----------------------------------------------------------------------- ends, special tokens
+
+
+def test_end_markers_are_found_by_key_and_by_name_and_are_control_tokens():
+    end = SIZE - 5
+    assert TOKENIZER.eos_ids == {2, end}
+    assert TOKENIZER.piece(end) == b""
+    assert end not in TOKENIZER.encode("<|im_end|>")
+    assert TOKENIZER.encode("<|im_end|>", special=True) == [end]
+    keys = {"tokenizer.ggml.eot_token_id": 300, "tokenizer.ggml.eom_token_id": 301}
+    assert SpmTokenizer.from_metadata(columns(trained()) | keys).eos_ids == {2, 300, 301}
+
+
+def split_slowly(text: str, specials: dict[str, int]) -> list[str | int]:
+    """At each place the longest special token, else one character more of plain text."""
+    parts: list[str | int] = []
+    while text:
+        fits = [special for special in specials if text.startswith(special)]
+        longest = max(fits, key=len, default="")
+        if longest:
+            parts.append(specials[longest])
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += text[0]
+        else:
+            parts.append(text[0])
+        text = text[len(longest) or 1 :]
+    return parts
+
+
+SHARDS = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<|", "<|x", "user", "<s>", "us", "er", "<", "x"]
+    )
+)
+
+
+@settings(deadline=None)
+@given(SHARDS, st.booleans())
+def test_special_tokens_are_split_off_longest_first(shards, special):
+    text = "".join(shards)
+    vocabulary = TOKENIZER.vocabulary
+    kinds = (2, 3, 4) if special else (4,)
+    wanted = {
+        token: id
+        for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind in kinds
+    }
+    parts = list(SpecialTokens.of(vocabulary).split(text, special))
+    assert parts == split_slowly(text, wanted)
+
+
+def test_special_characters_of_patterns_are_plain_characters():
+    tokenizer = SpmTokenizer.from_metadata(extended((".*", 3), ("[INST]", 3), ("a|b", 3)))
+    last = tokenizer.vocab_size
+    assert tokenizer.encode(".*[INST]a|b", special=True) == [last - 3, last - 2, last - 1]
+    assert not {last - 3, last - 2, last - 1} & set(tokenizer.encode("xxINSTa", special=True))

@@ -1,0 +1,77 @@
+"""Vocabularies for tests: one trained here, in memory, and one of a real model if it is at hand."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+ORACLES = Path(os.environ.get("REFOLLAMA_ORACLES", "/nonexistent"))
+needs_oracles = pytest.mark.skipif(not ORACLES.is_dir(), reason="REFOLLAMA_ORACLES is not set")
+
+CORPUS = """
+Once upon a time, in a small house by the sea, there lived a cat who could count to 100.
+"Hello, world!" said the cat.  "Hello, sea!" And the sea said: hello, hello, hello.
+Once upon another time there was naught, nothing at all; then there was something, über-small.
+the cat the sea the house the time   the world\tthe 1234567890 (count) [count] {count} né été
+"""
+
+
+@cache
+def trained() -> sentencepiece.SentencePieceProcessor:
+    """A small BPE model with byte fallback, by the library's own trainer."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=380,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def columns(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+    """The metadata that a GGUF file of this model has."""
+    ids = range(model.get_piece_size())
+    kinds = [(model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [model.id_to_piece(id) for id in ids],
+        "tokenizer.ggml.scores": [model.get_score(id) for id in ids],
+        "tokenizer.ggml.token_type": [
+            next((kind for is_kind, kind in kinds if is_kind(id)), 1) for id in ids
+        ],
+        "tokenizer.ggml.bos_token_id": model.bos_id(),
+        "tokenizer.ggml.eos_token_id": model.eos_id(),
+        "tokenizer.ggml.unknown_token_id": model.unk_id(),
+    }
+
+
+def extended(*tokens: tuple[str, int]) -> dict[str, Any]:
+    """The trained vocabulary with more tokens behind it, each (text, type)."""
+    metadata = columns(trained())
+    for key, values in (
+        ("tokens", [text for text, _ in tokens]),
+        ("scores", [-1000.0] * len(tokens)),
+        ("token_type", [kind for _, kind in tokens]),
+    ):
+        metadata["tokenizer.ggml." + key] += values
+    return metadata
+
+
+@cache
+def llama2_metadata() -> dict[str, Any]:
+    """The vocabulary of Llama 2, as another program's reader finds it in a GGUF file."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(ORACLES / "vocab" / "llama-spm.gguf")
+    return {key: field.contents() for key, field in reader.fields.items()}
