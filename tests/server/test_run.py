@@ -77,21 +77,21 @@ def test_pieces_arrive_one_by_one_in_chunks(made):
 def test_the_official_client(made):
     import ollama
 
-    client = ollama.Client(host=made)
-    assert "tiny:latest" in [model.model for model in client.list().models]
-    whole = client.generate("tiny", "the", options=GREEDY)
-    parts = list(client.generate("tiny", "the", options=GREEDY, stream=True))
-    assert "".join(part.response for part in parts) == whole.response
-    assert parts[-1].done and parts[-1].done_reason == "length"
-    assert parts[-1].eval_count == whole.eval_count == 12
-    assert whole.total_duration >= whole.eval_duration > 0
-    again = client.generate("tiny", "e", context=whole.context, options=GREEDY)
-    assert list(again.context)[: len(whole.context)] == list(whole.context)
-    with pytest.raises(ollama.ResponseError, match="try pulling it first") as caught:
-        client.generate("nope", "hi")
-    assert caught.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="num_ctx"):
-        list(client.generate("tiny", "hi", options={"num_ctx": "x"}, stream=True))
+    with contextlib.closing(ollama.Client(host=made)) as client:
+        assert "tiny:latest" in [model.model for model in client.list().models]
+        whole = client.generate("tiny", "the", options=GREEDY)
+        parts = list(client.generate("tiny", "the", options=GREEDY, stream=True))
+        assert "".join(part.response for part in parts) == whole.response
+        assert parts[-1].done and parts[-1].done_reason == "length"
+        assert parts[-1].eval_count == whole.eval_count == 12
+        assert whole.total_duration >= whole.eval_duration > 0
+        again = client.generate("tiny", "e", context=whole.context, options=GREEDY)
+        assert list(again.context)[: len(whole.context)] == list(whole.context)
+        with pytest.raises(ollama.ResponseError, match="try pulling it first") as caught:
+            client.generate("nope", "hi")
+        assert caught.value.status_code == 404
+        with pytest.raises(ollama.ResponseError, match="num_ctx"):
+            list(client.generate("tiny", "hi", options={"num_ctx": "x"}, stream=True))
 
 
 def test_a_client_that_hangs_up_frees_the_slot_for_the_next(made):
