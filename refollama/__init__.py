@@ -12,17 +12,20 @@ model is loaded.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refollama.options import Options
 from refollama.version import __version__
 
 if TYPE_CHECKING:
+    from refollama import weights
+    from refollama.client import Client
     from refollama.loaded import LoadedModel
     from refollama.text.tokenizer import Tokenizer
 
-__all__ = ["Options", "__version__", "load", "load_tokenizer"]
+__all__ = ["Client", "Options", "__version__", "load", "load_tokenizer", "weights"]
 
 
 def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
@@ -41,3 +44,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from refollama import loaded  # brings torch
 
     return loaded.load_tokenizer(path)
+
+
+def __getattr__(name: str) -> Any:
+    """`refollama.weights` and `refollama.Client` are imported when they are first asked for."""
+    if name == "weights":
+        return importlib.import_module("refollama.weights")
+    if name == "Client":
+        return importlib.import_module("refollama.client").Client
+    raise AttributeError(f"module 'refollama' has no attribute {name!r}")

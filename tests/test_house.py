@@ -141,14 +141,14 @@ def test_the_readme_draws_the_house_as_it_is():
     """Every file that the map names exists, and every file of the package is on the map."""
     text = (ROOT / "README.md").read_text()
     drawn = text.split("<!-- map -->")[1].split("<!-- /map -->")[0]
-    listed, room = set(), ""
+    listed, folders = set(), {-1: ""}
     for line in drawn.splitlines():
         if found := re.match(r"( *)([a-z_]+)(/|\.py)( |$)", line):
-            indent, name, kind, _ = found.groups()
-            if kind == "/":
-                room = name + "/" if len(indent) == 2 else ""
-            else:
-                listed.add((room if len(indent) > 2 else "") + name + ".py")
+            depth, name = len(found[1]), found[2] + found[3]
+            folders = {d: folder for d, folder in folders.items() if d < depth}
+            path = folders[max(folders)] + name
+            folders[depth] = path
+            listed |= {path.removeprefix("refollama/")} if name.endswith(".py") else set()
     existing = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")

@@ -36,7 +36,8 @@ def test_load_takes_a_path_a_text_and_a_name(tiny):
         llm.close()
     assert len(texts) == 1
     llm = refollama.load("small")
-    assert llm.generate("the").record.stats.eval_count == 3  # its Modelfile says so
+    stats = llm.generate("the").record.stats
+    assert stats is not None and stats.eval_count == 3  # its Modelfile says so
     llm.close()
 
 

@@ -1,14 +1,17 @@
 """The model against a float64 forward from the papers, and against itself by other ways."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from refollama.models.layers import Linear
 from refollama.models.load import load_net
 from tests import oracle_llama
 from tests.tiny import TOKENS, write_model
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tied": True},
     "one key head": {"attention.head_count_kv": 1},
@@ -111,7 +114,12 @@ def test_a_hook_on_a_named_module_sees_and_changes(tiny):
     net, tokens, seen = load_net(tiny), some_tokens(5), []
     plain = all_logits(net, tokens)
     module = net.get_submodule("blk.1.attn_q")
-    handle = module.register_forward_hook(lambda m, x, y: seen.append(y.shape) or y * 0)
+
+    def silence(module, args, output):
+        seen.append(output.shape)
+        return output * 0
+
+    handle = module.register_forward_hook(silence)
     assert not torch.equal(all_logits(net, tokens), plain) and seen == [(1, 5, 64)]
     handle.remove()
     assert torch.equal(all_logits(net, tokens), plain)
@@ -120,6 +128,7 @@ def test_a_hook_on_a_named_module_sees_and_changes(tiny):
 def test_weights_stay_packed(tmp_path):
     net = load_net(write_model(tmp_path / "q.gguf", type="Q4_0"))
     q = net.get_submodule("blk.0.attn_q")
+    assert isinstance(q, Linear)
     assert q.weight.dtype == torch.uint8 and q.weight.shape == (64, 64 // 32 * 18)
     assert q.dense().shape == (64, 64)
 

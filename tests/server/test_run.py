@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,35 +13,7 @@ import pytest
 
 from refollama.server.run import is_loopback
 from tests.server.conftest import GREEDY
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@contextlib.contextmanager
-def running(**environment):
-    """`refollama serve` on a free port; yields its address and the process."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "refollama", "serve"],
-        env=os.environ | {"OLLAMA_HOST": f"127.0.0.1:{port}"} | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                httpx.head(url)
-                break
-            time.sleep(0.05)
-        yield url, process
-    finally:
-        process.terminate()
-        process.communicate(timeout=10)
+from tests.server.process import running
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +49,15 @@ def test_the_official_client(made):
 
     with contextlib.closing(ollama.Client(host=made)) as client:
         assert "tiny:latest" in [model.model for model in client.list().models]
-        whole = client.generate("tiny", "the", options=GREEDY)
-        parts = list(client.generate("tiny", "the", options=GREEDY, stream=True))
-        assert "".join(part.response for part in parts) == whole.response
-        assert parts[-1].done and parts[-1].done_reason == "length"
-        assert parts[-1].eval_count == whole.eval_count == 12
-        assert whole.total_duration >= whole.eval_duration > 0
-        again = client.generate("tiny", "e", context=whole.context, options=GREEDY)
-        assert list(again.context)[: len(whole.context)] == list(whole.context)
+        whole = client.generate("tiny", "the", options=GREEDY).model_dump()
+        stream = client.generate("tiny", "the", options=GREEDY, stream=True)
+        parts = [part.model_dump() for part in stream]
+        assert "".join(part["response"] for part in parts) == whole["response"]
+        assert parts[-1]["done"] and parts[-1]["done_reason"] == "length"
+        assert parts[-1]["eval_count"] == whole["eval_count"] == 12
+        assert whole["total_duration"] >= whole["eval_duration"] > 0
+        again = client.generate("tiny", "e", context=whole["context"], options=GREEDY).model_dump()
+        assert again["context"][: len(whole["context"])] == whole["context"]
         with pytest.raises(ollama.ResponseError, match="try pulling it first") as caught:
             client.generate("nope", "hi")
         assert caught.value.status_code == 404
