@@ -8,7 +8,8 @@ BIN    := $(VENV)/bin
 .PHONY: help setup run serve test test-slow lint types format bench notebooks clean
 
 help:  ## print this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile \
+		| while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
 setup: $(VENV)/.test  ## make .venv with everything that developing needs
 

@@ -35,6 +35,7 @@ ALIASES = {"ls": "list", "start": "serve"}
 INTERRUPTED = 128 + 2  # as shells report a death by SIGINT
 PATH_STARTS = ("/", "./", "../", "~/")  # what no model name begins with
 TALK_HELP = '''\
+  /clear                forget what was said
   /bye, /exit, Ctrl-D   leave
   Ctrl-C                stop the answer
   """                   begin and end a message of several lines
@@ -362,7 +363,10 @@ def _talk(client: Client, ask: Record, verbose: bool) -> None:
     for text in terminal.PromptLine(_history_file()).messages():
         if text.strip() in ("/bye", "/exit"):
             return
-        if text.startswith("/"):
+        if text.strip() == "/clear":
+            ask = {**ask, "context": None}
+            click.echo("Forgotten: the conversation begins anew.")
+        elif text.startswith("/"):
             _explain(text.strip())
         elif text.strip():
             ask = _turn(client, text, ask, verbose)

@@ -74,12 +74,20 @@ def _free_port() -> int:
 def _start(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command(port),
+        env=_environment(),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
         # Ctrl-C stops an answer; it reaches the terminal's whole group, and the server must stay.
         start_new_session=True,
     )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and the server finds this very package: never a `torch.py` in the user's folder."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:

@@ -183,7 +183,10 @@ def _show_lines(records: Iterable[Record]) -> None:
 
 
 def _show_bars(records: Iterable[Record]) -> None:
-    """A bar for each digest, with bytes, rate and time left; other statuses scroll above."""
+    """A bar for each digest, with bytes, rate and time left; other statuses scroll above.
+
+    At the end the bars go, and the statuses stay.
+    """
     from rich import progress
     from rich.console import Console
 
@@ -196,7 +199,7 @@ def _show_bars(records: Iterable[Record]) -> None:
     )
     shown = None
     bars: dict[str, progress.TaskID] = {}
-    with progress.Progress(*columns, console=Console(stderr=True)) as display:
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
         for record in records:
             status = str(record.get("status", ""))
             if record.get("total"):

@@ -175,7 +175,9 @@ def test_a_pipe_that_is_no_text(server):
     failed(refollama("run", "tale", piped=b"\xff"), "standard input is not UTF-8 text")
 
 
-@pytest.mark.parametrize("form", ["./tale.gguf", "~/tale.gguf", "sub/../", "{home}/tale.gguf"])
+@pytest.mark.parametrize(
+    "form", ["tale.gguf", "./tale.gguf", "~/tale.gguf", "sub/../", "{home}/tale.gguf"]
+)
 def test_a_file_is_sent_as_an_absolute_path(server, home, form):
     (home / "tale.gguf").touch()
     (home / "sub").mkdir()
@@ -545,10 +547,16 @@ def test_a_conversation(server):
         screen.type("\x03")
         screen.sees("Use Ctrl-D or /bye to exit.")
         screen.sees(">>> ")
+        screen.type("/clear\r")
+        screen.sees("begins anew")
+        screen.sees(">>> ")
+        screen.type("fresh\r")
+        screen.sees(STORY + "fresh")
+        screen.sees(">>> ")
         screen.type("/bye\r")
         assert screen.status() == 0
     asked = [(body["prompt"], body.get("context")) for _, body in server.requests]
-    assert asked == [("", None), ("four", None), ("forever", [4]), ("a\nb", [4])]
+    assert asked == [("", None), ("four", None), ("forever", [4]), ("a\nb", [4]), ("fresh", None)]
     assert all(body["options"] == {"seed": 1} for _, body in server.requests)
 
 
