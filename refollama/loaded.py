@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from refollama.engine.engine import Engine, Stream
-from refollama.errors import BadRequest, FormatError, ModelNotFound
+from refollama.errors import BadRequest, FormatError, NotFound
 from refollama.messages import Chunk, Stats
 from refollama.models.llama import Llama
 from refollama.models.load import load_net
@@ -135,11 +135,20 @@ class LoadedModel:
             return self._engines[f16_kv]
 
     def close(self) -> None:
-        """End all answers and let go of the cache."""
+        """End all answers and let go of the caches. Dropping the model does the same."""
         with self._lock:
             for engine in self._engines.values():
                 engine.close()
             self._engines.clear()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         ids = [int(token) for token in tokens]
@@ -155,13 +164,13 @@ def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store.
 
     A text is taken for a file if one lies there, else for a name.
-    Raises: ModelNotFound, FormatError, UnsupportedModel.
+    Raises: NotFound, BadName, FormatError, UnsupportedModel.
     """
     path = Path(model).expanduser()
     if path.is_file():
         return load_file(path, slots=slots)
     if isinstance(model, Path) or path.suffix == ".gguf":
-        raise ModelNotFound(model)
+        raise NotFound(f"{model}: there is no such file")
     files = Store.default().resolve(Name.parse(str(model)))
     return load_file(files.weights, parameters=files.parameters, slots=slots)
 
@@ -212,6 +221,8 @@ class LoadedModels:
             with self._changed:
                 entry.users -= 1
                 entry.last_used = time.monotonic()
+                if entry.users == 0 and self._entries.get(key) is not entry:
+                    entry.close()  # taken off the shelf meanwhile
                 self._changed.notify_all()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refollama.create import create
-from refollama.errors import BadRequest, ModelNotFound, UnsupportedModel
+from refollama.errors import BadRequest, NotFound, UnsupportedModel
 from refollama.loaded import LoadedModel, LoadedModels
 from refollama.messages import Chunk, Create, Generate, Progress
 from refollama.options import Options
@@ -67,7 +67,7 @@ class Service:
     def generate(self, ask: Generate) -> Iterator[Chunk]:
         """Complete a prompt; an empty one only loads the model.
 
-        Raises, before the first chunk: ModelNotFound, BadRequest and its kin, FormatError.
+        Raises, before the first chunk: NotFound, BadRequest and its kin, FormatError.
         """
         start = time.perf_counter_ns()
         _check(ask)
@@ -85,7 +85,7 @@ class Service:
     def find(self, model: str) -> Runnable:
         """What a name stands for, or a path if those are allowed.
 
-        Raises: ModelNotFound, BadRequest, UnsupportedModel.
+        Raises: NotFound, BadRequest, UnsupportedModel.
         """
         if model.startswith(FILE_STARTS):
             return self._find_file(model)
@@ -99,7 +99,7 @@ class Service:
             raise BadRequest("a server that others can reach runs models by name only, not files")
         path = Path(model).expanduser()
         if not path.is_file():
-            raise ModelNotFound(model)
+            raise NotFound(f"{model}: there is no such file")
         return Runnable(path)
 
 

@@ -1,13 +1,14 @@
 """A loaded model as a notebook sees it, and the shelf that the server keeps models on."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import refollama
 from refollama.engine.generate import generate
-from refollama.errors import BadRequest, FormatError, ModelNotFound, PromptTooLong
+from refollama.errors import BadRequest, FormatError, ModelNotFound, NotFound, PromptTooLong
 from refollama.loaded import LoadedModels, load_file
 from refollama.options import Options
 from tests.tiny import TOKENS, write_model
@@ -41,10 +42,28 @@ def test_load_takes_a_path_a_text_and_a_name(tiny):
     llm.close()
 
 
-@pytest.mark.parametrize("source", ["nope", "./nope.gguf", "/no/where.gguf"])
-def test_what_is_not_there_is_said(source):
-    with pytest.raises(ModelNotFound, match="nope|where"):
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [("nope", ModelNotFound), ("./nope.gguf", NotFound), (Path("/no/where"), NotFound)],
+)
+def test_what_is_not_there_is_said(source, error):
+    with pytest.raises(error, match="nope|where"):
         refollama.load(source)
+
+
+def test_a_model_that_is_dropped_frees_its_threads_and_memory(tiny):
+    import gc
+    import weakref
+
+    before = threading.active_count()
+    with refollama.load(tiny) as llm:
+        llm.generate("the", options=GREEDY)
+    dropped = refollama.load(tiny)
+    next(dropped.stream("the", options=GREEDY | {"num_predict": -1}))
+    net = weakref.ref(dropped.net)
+    del dropped
+    gc.collect()
+    assert net() is None and threading.active_count() == before
 
 
 def test_streamed_joined_equals_generated(llm):

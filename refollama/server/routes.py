@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 from flask import Blueprint, Response, current_app, request
 
 from refollama.messages import Chunk, Progress
 from refollama.server import wire
 from refollama.service import Service
+from refollama.text.stops import hang_up
 from refollama.version import __version__
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 routes = Blueprint("api", __name__)
@@ -40,7 +46,7 @@ def generate() -> Response:
     first = next(chunks)
     if first.done_reason == "load":  # always one object, never a stream
         return one(wire.chunk_record(ask, first))
-    return many(wire.chunk_record(ask, first), (wire.chunk_record(ask, c) for c in chunks))
+    return many(first, chunks, partial(wire.chunk_record, ask))
 
 
 @routes.post("/api/create")
@@ -49,8 +55,7 @@ def create() -> Response:
     steps = service().create(ask)
     if not ask.stream:
         return one(wire.progress_record(last(steps)))
-    first = next(steps)
-    return many(wire.progress_record(first), (wire.progress_record(s) for s in steps))
+    return many(next(steps), steps, wire.progress_record)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────
@@ -66,16 +71,24 @@ def one(record: wire.Record) -> Response:
     return Response(wire.dumps(record), content_type="application/json; charset=utf-8")
 
 
-def many(first: wire.Record, rest: Iterator[wire.Record]) -> Response:
-    """A stream of lines. The first record was waited for, so that an early error has a status."""
-    return Response(wire.ndjson(guarded(first, rest)), content_type="application/x-ndjson")
+def many(first: T, rest: Iterator[T], record: Callable[[T], wire.Record]) -> Response:
+    """A stream of lines. The first one was waited for, so that an early error has a status.
+
+    When the client is gone the server closes the response, and that closes the work itself.
+    """
+    lines = wire.ndjson(guarded(first, rest, record))
+    response = Response(lines, content_type="application/x-ndjson")
+    response.call_on_close(lambda: hang_up(rest))
+    return response
 
 
-def guarded(first: wire.Record, rest: Iterator[wire.Record]) -> Iterator[wire.Record]:
+def guarded(
+    first: T, rest: Iterator[T], record: Callable[[T], wire.Record]
+) -> Iterator[wire.Record]:
     """After the first byte the status can no longer change: a late error is the last line."""
-    yield first
     try:
-        yield from rest
+        for item in chain([first], rest):
+            yield record(item)
     except Exception as error:
         log.exception("failed in the middle of a stream")
         yield wire.error_record(error)

@@ -22,6 +22,7 @@ from refollama.version import __version__
 log = logging.getLogger("refollama")
 
 THREADS = 64  # requests that are answered at once
+CONNECTIONS = 1024  # clients that may wait for it
 
 
 def serve(host: str, port: int) -> None:
@@ -39,6 +40,8 @@ def serve(host: str, port: int) -> None:
             host=host,
             port=port,
             threads=THREADS,
+            connection_limit=CONNECTIONS,
+            asyncore_use_poll=True,  # select() cannot see that many
             ident="refollama",
             max_request_body_size=LARGEST_BODY + 1,
         )
