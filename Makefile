@@ -40,8 +40,11 @@ format: $(VENV)/.test  ## let ruff lay out the code
 bench: $(VENV)/.bench  ## measure: load, first token, prefill and decode, in a table
 	$(BIN)/python -m benchmarks.first_light
 
-notebooks: $(VENV)/.notebooks  ## run every notebook, and save what it shows
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+# Without a model that speaks, what is saved in the notebooks is left alone.
+notebooks: $(VENV)/.notebooks  ## run every notebook; with MODEL=file.gguf, save what it shows
+	$(if $(MODEL),MODEL="$(abspath $(MODEL))") $(BIN)/jupyter nbconvert --to notebook --execute \
+		--ExecutePreprocessor.record_timing=False \
+		$(if $(MODEL),--inplace,--output-dir $(VENV)/notebooks) notebooks/*.ipynb
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
