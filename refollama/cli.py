@@ -26,6 +26,7 @@ from refollama import terminal
 from refollama.errors import BadRequest, NotFound, RefollamaError
 from refollama.host import base_url, listen_address, on_this_machine
 from refollama.options import Options, from_text
+from refollama.paths import is_path
 from refollama.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 ALIASES = {"ls": "list", "start": "serve"}
 INTERRUPTED = 128 + 2  # as shells report a death by SIGINT
-PATH_STARTS = ("/", "./", "../", "~/")  # what no model name begins with
 TALK_HELP = '''\
   /clear                forget what was said
   /bye, /exit, Ctrl-D   leave
@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "OLLAMA_ORIGINS": "web pages that may ask the server, separated by commas",
     "OLLAMA_NUM_PARALLEL": "requests that one model answers at once: 1",
     "OLLAMA_MAX_LOADED_MODELS": "models that are kept in memory at once: 1",
+    "OLLAMA_MAX_QUEUE": "prompts that may wait before more are refused: 512",
     "OLLAMA_NOPRUNE": "1 = keep blobs that no model names any more",
 }
 SERVER_ENVIRONMENT = [name for name in ENVIRONMENT if name != "OLLAMA_NOHISTORY"]
@@ -112,11 +113,14 @@ def cli() -> None:
     epilog=_more(
         "refollama serve",
         "refollama serve --host 127.0.0.1:8080",
+        "refollama serve --host 127.0.0.1:0      # any free port; the log says which",
         "OLLAMA_HOST=0.0.0.0 refollama serve     # reachable from other machines",
         environment=SERVER_ENVIRONMENT,
     )
 )
-@click.option("--host", envvar="OLLAMA_HOST", default="", help="Listen on host:port.")
+@click.option(
+    "--host", envvar="OLLAMA_HOST", default="", help="Listen on host:port; port 0 = any free."
+)
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def serve(host: str, until_stdin_closes: bool) -> None:
     """Answer HTTP requests until Ctrl-C.  (alias: start)"""
@@ -302,7 +306,7 @@ def _row(name: object, digest: str, size: int, modified: datetime | None) -> Row
 def _model(name: str) -> str:
     """A name as it is; a path made absolute, since the server stands in another folder."""
     found_here = name.endswith(".gguf") and os.path.isfile(name)
-    if not found_here and not name.startswith(PATH_STARTS):
+    if not found_here and not is_path(name):
         return name
     path = os.path.abspath(os.path.expanduser(name))
     if not os.path.isfile(path):

@@ -5,6 +5,7 @@
     0.0.0.0, ::, [::1]     that address, port 11434
     host:port, [ip6]:port  as given
     :1234                  every interface, port 1234
+    host:0                 any free port, for servers only: their log says which
     1234                   127.0.0.1:1234
     http://host            host:80     https://host: 443; with a port, as given
 
@@ -33,7 +34,7 @@ _BRACKETED = re.compile(r"\[([^]]*)\](?::(.*))?")
 
 
 def listen_address(env: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port that a server binds; port 0 lets the system choose.
+    """Host and port that a server binds; port 0 means any free one, which the system chooses.
 
     Raises: BadRequest if OLLAMA_HOST is no address.
     """
@@ -48,7 +49,7 @@ def base_url(env: Mapping[str, str]) -> str:
     """
     address = _parse(env.get("OLLAMA_HOST", ""))
     if address.port == 0:
-        raise _bad(env["OLLAMA_HOST"], "port 0 is for servers only")
+        raise _bad(env["OLLAMA_HOST"], "port 0 is for servers only, a client needs the real one")
     host = _NEAREST.get(address.host, address.host)
     shown = f"[{host.replace('%', '%25')}]" if ":" in host else host
     return f"{address.scheme or 'http'}://{shown}:{address.port}{address.path}"

@@ -1,17 +1,21 @@
 """A server for one command: started when nobody listens, gone when the command is.
 
-    refollama run ─┬─ stdin pipe ───► refollama serve --until-stdin-closes
-                   └─ HTTP, free port ►
+    refollama run ─┬─ stdin pipe ──► refollama serve --host 127.0.0.1:0 --until-stdin-closes
+                   ├─ log file ◄──── "listens on http://127.0.0.1:PORT"
+                   └─ HTTP ────────► 127.0.0.1:PORT
 
 The pipe carries nothing. The system closes it however the command ends, even by kill -9, and the
 server takes that as its signal to leave; so no way of dying leaves a server behind.
+
+The server takes a free port itself and then says which. Were the port chosen here, another
+program could take it before the server does, and would be told what the user asks.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,10 +34,13 @@ POLL_EVERY = 0.05  # seconds; shorter than anyone notices
 GRACE = 5.0  # seconds between asking a process to leave and making it
 LOG_TAIL = 2000  # bytes of the log that an error repeats: its last screen
 
+# White space behind the number: a line is read while it is written, and half a port is another.
+_TOLD = re.compile(rf"\blistens on (http://{re.escape(LOOPBACK)}:[1-9][0-9]*)\s".encode())
 
-def command(port: int) -> list[str]:
-    """The command line that starts a server of ours on a port of this machine."""
-    where = f"{LOOPBACK}:{port}"
+
+def command() -> list[str]:
+    """The command line that starts a server of ours on any free port of this machine."""
+    where = f"{LOOPBACK}:0"
     return [sys.executable, "-m", "refollama", "serve", "--host", where, "--until-stdin-closes"]
 
 
@@ -43,13 +50,10 @@ def private_server() -> Iterator[str]:
 
     Raises: ServerUnreachable, with the end of its log, if it does not start or dies early.
     """
-    port = _free_port()
-    url = f"http://{LOOPBACK}:{port}"
     with tempfile.TemporaryFile() as log, _leaving_on_sigterm():
-        process = _start(port, log)
+        process = _start(log)
         try:
-            _wait_until_it_answers(process, url, log)
-            yield url
+            yield _wait_until_it_answers(process, log)
         except ServerUnreachable:
             _explain_death(process, log)
             raise
@@ -65,15 +69,9 @@ def stop_when_stdin_closes() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-def _start(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command(port),
+        command(),
         env=_environment(),
         stdin=subprocess.PIPE,
         stdout=log,
@@ -90,19 +88,35 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
+def _wait_until_it_answers(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
+    """The server's URL. Only a server that lives is asked: a dead one's port may be a stranger's.
+
+    It has to live after its answer, too: then the port was its own, and so was the answer.
+    """
+    deadline = time.monotonic() + START_TIMEOUT
+    while process.poll() is None:
+        url = _told_url(log)
+        if url and _answers(url) and process.poll() is None:
+            return url
+        if time.monotonic() > deadline:
+            raise RefollamaError(
+                f"the server did not answer within {START_TIMEOUT:.0f} s:\n{_tail(log)}"
+            )
+        time.sleep(POLL_EVERY)
+    raise RefollamaError(f"the server did not start:\n{_tail(log)}")
+
+
+def _told_url(log: IO[bytes]) -> str | None:
+    """Where the server says that it listens; None until it does."""
+    told = _TOLD.search(os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0))
+    return told[1].decode() if told else None
+
+
+def _answers(url: str) -> bool:
     from refollama.client import Client
 
-    deadline = time.monotonic() + START_TIMEOUT
     with Client(url) as client:
-        while not client.is_running():
-            if process.poll() is not None:
-                raise RefollamaError(f"the server did not start:\n{_tail(log)}")
-            if time.monotonic() > deadline:
-                raise RefollamaError(
-                    f"the server did not answer within {START_TIMEOUT:.0f} s:\n{_tail(log)}"
-                )
-            time.sleep(POLL_EVERY)
+        return client.is_running()
 
 
 def _explain_death(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

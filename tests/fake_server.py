@@ -1,7 +1,7 @@
 """A server that plays its part by heart: the judge of the client and of the command line.
 
-`python fake_server.py PORT FILE` plays it alone, as the private server of a test: it writes its
-process id into FILE and ends when its standard input does.
+`python fake_server.py FILE` plays it alone, as the private server of a test: it writes its process
+id into FILE, says where it listens, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ COUNTS = {
 class FakeServer:
     """Answers every route; `requests` is what it was asked, `script` what it says instead."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.script: dict[str, Response] = {}
         self.hung_up = threading.Event()
-        self._server = make_server("127.0.0.1", port, self._app(), threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._app(), threaded=True)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), daemon=True
         )
@@ -112,11 +112,12 @@ def many(records: Iterable[dict[str, Any]]) -> Response:
     return Response(lines, mimetype="application/x-ndjson")
 
 
-def alone(port: int, pid_file: Path) -> None:
-    with FakeServer(port):
+def alone(pid_file: Path) -> None:
+    with FakeServer() as server:
         pid_file.write_text(str(os.getpid()))
+        print(f"fake listens on http://{server.host}", flush=True)
         sys.stdin.read()
 
 
 if __name__ == "__main__":
-    alone(int(sys.argv[1]), Path(sys.argv[2]))
+    alone(Path(sys.argv[1]))

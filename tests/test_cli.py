@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from click.testing import CliRunner, Result
 
 from refollama import private_server
 from refollama.cli import cli
+from refollama.client import Client
 from tests import fake_server
 from tests.fake_server import FakeServer, many, one
 from tests.test_client import refused_port
@@ -107,6 +109,13 @@ def test_a_bad_host_is_told(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
     for arguments in (["list"], ["run", "tale", "hi"], ["serve"]):
         failed(refollama(*arguments), "the scheme must be http or https")
+
+
+def test_port_0_is_for_servers(monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:0")
+    for arguments in (["list"], ["run", "tale", "hi"]):
+        failed(refollama(*arguments), "port 0 is for servers only, a client needs the real one")
+    assert "127.0.0.1:0 " in refollama("serve", "--help").stdout
 
 
 # --- run -------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def test_another_machine_cannot_read_our_files(far_away, home):
 
 def test_another_machine_is_not_replaced_by_this_one(far_away, home, monkeypatch):
     """Whoever names a machine wants that machine."""
-    monkeypatch.setattr(private_server, "command", lambda port: pytest.fail("started"))
+    monkeypatch.setattr(private_server, "command", lambda: pytest.fail("started"))
     (home / "Modelfile").write_text("FROM tale\n", "utf-8")
     for arguments in (["run", "tale", "hi"], ["create", "tale"], ["list"]):
         failed(refollama(*arguments), "could not connect to refollama at http://192.0.2.1:1")
@@ -304,6 +313,7 @@ def test_serve_listens_where_it_is_told(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "0.0.0.0:5")
     assert serving("pass").communicate(timeout=10)[0] == "0.0.0.0 5\n"
     assert serving("pass", "--host", ":6").communicate(timeout=10)[0] == "0.0.0.0 6\n"
+    assert serving("pass", "--host", ":0").communicate(timeout=10)[0] == "0.0.0.0 0\n"
 
 
 def test_serve_where_it_cannot_listen():
@@ -339,12 +349,12 @@ def test_serve_until_stdin_closes():
 def pid_file(nobody, home, monkeypatch) -> Path:
     """Where the private server, here the fake one, writes its process id."""
     path = home / "pid"
-    monkeypatch.setattr(private_server, "command", lambda port: stand_in(port, path))
+    monkeypatch.setattr(private_server, "command", lambda: stand_in(path))
     return path
 
 
-def stand_in(port: int, pid_file: Path) -> list[str]:
-    return [sys.executable, fake_server.__file__, str(port), str(pid_file)]
+def stand_in(pid_file: Path) -> list[str]:
+    return [sys.executable, fake_server.__file__, str(pid_file)]
 
 
 def is_gone(pid: int) -> bool:
@@ -377,13 +387,13 @@ def test_create_starts_a_server_and_stops_it(pid_file, home):
 
 def test_a_server_that_does_not_start_says_why(nobody, monkeypatch):
     code = "import sys; sys.exit('no room for torch')"
-    monkeypatch.setattr(private_server, "command", lambda port: [sys.executable, "-c", code])
+    monkeypatch.setattr(private_server, "command", lambda: [sys.executable, "-c", code])
     failed(refollama("run", "tale", "hi"), "the server did not start:\nno room for torch")
 
 
 def test_a_server_that_never_answers_is_given_up(nobody, monkeypatch):
     code = "print('thinking', flush=True); import time; time.sleep(60)"
-    monkeypatch.setattr(private_server, "command", lambda port: [sys.executable, "-c", code])
+    monkeypatch.setattr(private_server, "command", lambda: [sys.executable, "-c", code])
     monkeypatch.setattr(private_server, "START_TIMEOUT", 0.5)
     began = time.monotonic()
     failed(refollama("run", "tale", "hi"), "did not answer within")
@@ -397,12 +407,121 @@ def test_a_server_that_dies_says_why(pid_file):
 
 
 def test_the_real_command_line_is_one_that_serve_takes():
-    python, dash_m, module, command, *arguments = private_server.command(7)
+    python, dash_m, module, command, *arguments = private_server.command()
     assert [python, dash_m, module, command] == [sys.executable, "-m", "refollama", "serve"]
     with serving("time.sleep(60)", *arguments) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "127.0.0.1 7\n"
+        assert process.stdout.readline() == "127.0.0.1 0\n"
         process.communicate(timeout=5)
+
+
+def test_the_real_server_takes_any_free_port_and_says_which(nobody):
+    with private_server.private_server() as url, Client(url) as client:
+        assert client.version()
+        assert int(url.rpartition(":")[2]) > 0
+    with Client(url) as client:
+        assert not client.is_running()
+
+
+# --- and nobody else -------------------------------------------------------------------------
+
+TELL = "import os, time; os.write(1, {said!r}.encode()); {then}"
+
+
+@pytest.fixture
+def reached(monkeypatch) -> list[str]:
+    """Every address that this process connects to, in order: the command's side of the story."""
+    addresses: list[str] = []
+    connect = socket.socket.connect
+
+    def noted(self: socket.socket, address: tuple[str, int]) -> None:
+        addresses.append(f"{address[0]}:{address[1]}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", noted)
+    return addresses
+
+
+@pytest.fixture
+def stranger() -> Iterator[FakeServer]:
+    """Another program, which would answer just as a server of ours does."""
+    with FakeServer() as server:
+        yield server
+
+
+def says(monkeypatch, said: str, then: str) -> None:
+    """A private server that writes this into its log, and does `then`."""
+    code = TELL.format(said=said, then=then)
+    monkeypatch.setattr(private_server, "command", lambda: [sys.executable, "-c", code])
+
+
+def test_nobody_is_asked_before_the_server_listens(pid_file, stranger, reached, monkeypatch):
+    """One that binds late: until it has told its port, no port at all is tried."""
+    late = f"time.sleep(0.5); os.execv({sys.executable!r}, {stand_in(pid_file)!r})"
+    says(monkeypatch, "importing torch\n", late)
+    result = refollama("run", "tale", "hi")
+    assert (result.exit_code, result.stdout) == (0, f"{STORY}hi\n")
+    nobody, *others = reached
+    assert nobody == os.environ["OLLAMA_HOST"]
+    assert len(set(others)) == 1
+    assert others[0] not in (nobody, stranger.host)
+    assert stranger.requests == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "listens on http://{stranger}",  # the rest of the number may still come
+        "listens on http://127.0.0.1:0\n",
+        "listens on http://0.0.0.0:{port}\n",
+        "cannot listen on {stranger}\n",
+    ],
+)
+def test_nobody_is_asked_where_the_server_has_not_said(
+    nobody, stranger, reached, monkeypatch, said
+):
+    port = stranger.host.partition(":")[2]
+    says(monkeypatch, said.format(stranger=stranger.host, port=port), "time.sleep(60)")
+    monkeypatch.setattr(private_server, "START_TIMEOUT", 0.5)
+    failed(refollama("run", "tale", "hi"), "did not answer within")
+    assert reached == [os.environ["OLLAMA_HOST"]]
+
+
+def test_the_port_of_a_dead_server_may_be_a_strangers(nobody, stranger, reached, monkeypatch):
+    says(monkeypatch, f"listens on http://{stranger.host}\n", "os._exit(9)")
+    start = private_server._start
+
+    def dead(log: IO[bytes]) -> subprocess.Popen[bytes]:
+        process = start(log)
+        process.wait(10)
+        return process
+
+    monkeypatch.setattr(private_server, "_start", dead)
+    failed(refollama("run", "tale", "hi"), "the server did not start:\nlistens on")
+    assert reached == [os.environ["OLLAMA_HOST"]]
+
+
+def test_an_answer_counts_only_if_the_server_outlives_it(nobody, stranger, reached, monkeypatch):
+    """The server dies after it was seen alive, and a stranger answers: no prompt goes there."""
+    says(monkeypatch, f"listens on http://{stranger.host}\n", "time.sleep(60)")
+    start, answers = private_server._start, private_server._answers
+    started: list[subprocess.Popen[bytes]] = []
+
+    def noted(log: IO[bytes]) -> subprocess.Popen[bytes]:
+        started.append(start(log))
+        return started[0]
+
+    def dying(url: str) -> bool:
+        started[0].kill()
+        started[0].wait(10)
+        return answers(url)
+
+    monkeypatch.setattr(private_server, "_start", noted)
+    monkeypatch.setattr(private_server, "_answers", dying)
+    failed(refollama("run", "tale", "hi"), "the server did not start:\nlistens on")
+    assert reached == [os.environ["OLLAMA_HOST"], stranger.host]
+    assert stranger.requests == []
 
 
 # --- as processes ----------------------------------------------------------------------------
@@ -419,11 +538,7 @@ OWN_TERMINAL = "os.open(os.ttyname(0), os.O_RDWR)"
 
 def private(pid_file: Path) -> str:
     """Code that lets the fake stand in for the private server."""
-    line = stand_in(0, pid_file)
-    return (
-        "import refollama.private_server as p\n"
-        f"p.command = lambda port: [*{line[:2]!r}, str(port), {line[3]!r}]"
-    )
+    return f"import refollama.private_server as p\np.command = lambda: {stand_in(pid_file)!r}"
 
 
 def child(*arguments: str, prepare: str = "") -> subprocess.Popen[str]:
@@ -639,9 +754,3 @@ def test_no_torch_without_a_model(request, listening):
     loaded = set(done.stdout.split())
     assert "refollama.client" in loaded
     assert not loaded & {"torch", "flask", "prompt_toolkit", "numpy"}
-
-
-def test_the_port_is_free_for_the_private_server():
-    port = private_server._free_port()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))

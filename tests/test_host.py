@@ -73,10 +73,21 @@ def test_what_is_wrong_is_named(value, problem):
             read({"OLLAMA_HOST": value})
 
 
-def test_a_server_may_take_any_port_and_a_client_may_not():
-    assert listen_address({"OLLAMA_HOST": "127.0.0.1:0"}) == (HERE, 0)
-    with pytest.raises(BadRequest, match="port 0"):
-        base_url({"OLLAMA_HOST": "127.0.0.1:0"})
+@pytest.mark.parametrize(
+    ("value", "host"),
+    [
+        ("127.0.0.1:0", HERE),
+        ("0", HERE),
+        (":0", "0.0.0.0"),
+        ("[::1]:0", "::1"),
+        ("http://h:0", "h"),
+        ("h:00", "h"),
+    ],
+)
+def test_a_server_may_take_any_port_and_a_client_may_not(value, host):
+    assert listen_address({"OLLAMA_HOST": value}) == (host, 0)
+    with pytest.raises(BadRequest, match="^OLLAMA_HOST .*: port 0 is for servers only"):
+        base_url({"OLLAMA_HOST": value})
 
 
 @given(st.text(max_size=40))
