@@ -65,11 +65,19 @@ class KVCache:
         target = max(FIRST_LENGTH, self.length)
         while target < length:
             target *= 2
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                slots, heads, kept, width = old.shape
-                tensors[layer] = old.new_zeros(slots, heads, target, width)
-                tensors[layer][:, :, :kept] = old
+        # Both or none: if the memory runs out on the way, the old cache is whole.
+        self.keys, self.values = _grown(self.keys, target), _grown(self.values, target)
+
+
+def _grown(tensors: list[Tensor], length: int) -> list[Tensor]:
+    """(slots, Hk, S, D) each → (slots, Hk, length, D), the new places zero."""
+    grown = []
+    for old in tensors:
+        slots, heads, kept, width = old.shape
+        new = old.new_zeros(slots, heads, length, width)
+        new[:, :, :kept] = old
+        grown.append(new)
+    return grown
 
 
 @dataclass(frozen=True)

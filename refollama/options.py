@@ -45,6 +45,7 @@ NOT_YET: Mapping[str, type] = {
 }
 
 MOST = 2**31 - 1  # no count of tokens is larger
+MOST_STOPS, LONGEST_STOP = 64, 1000  # each character of a stop string costs memory while it runs
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list of strings"}
 
@@ -52,6 +53,10 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a
 def _knob(default: Value, allowed: str = "", ok: Callable[[Any], bool] | None = None) -> Any:
     """A field with its range, as a test and in words."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "ok": ok})
+
+
+def _few_and_short(stops: Sequence[str]) -> bool:
+    return len(stops) <= MOST_STOPS and all(len(stop) <= LONGEST_STOP for stop in stops)
 
 
 def _between(low: float, high: float) -> dict[str, Any]:
@@ -77,7 +82,9 @@ class Options:
     num_predict: int = _knob(
         -1, **_between(-2, MOST)
     )  # -1 = until it ends, -2 = until num_ctx is full
-    stop: tuple[str, ...] = _knob(())  # the answer ends before any of these
+    stop: tuple[str, ...] = _knob(  # the answer ends before any of these
+        (), f"at most {MOST_STOPS} strings of {LONGEST_STOP} characters", _few_and_short
+    )
 
     # chance
     seed: int = _knob(-1, **_between(-1, 2**63 - 1))  # -1 = a new one each time
@@ -89,9 +96,9 @@ class Options:
     repeat_last_n: int = _knob(
         64, **_between(-1, MOST)
     )  # tokens looked back at; -1 = num_ctx, 0 = off
-    repeat_penalty: float = _knob(1.1, allowed="more than 0", ok=lambda value: value > 0)
-    presence_penalty: float = _knob(0.0)
-    frequency_penalty: float = _knob(0.0)
+    repeat_penalty: float = _knob(1.1, **_between(0.001, 1000))  # below 1 = reward
+    presence_penalty: float = _knob(0.0, **_between(-1000, 1000))
+    frequency_penalty: float = _knob(0.0, **_between(-1000, 1000))
     penalize_newline: bool = _knob(True)
 
     def updated(self, given: Mapping[str, Any], *, strict: bool = False) -> Options:
@@ -124,7 +131,7 @@ def from_text(name: str, values: Sequence[str]) -> Any:
     if name not in KNOWN:
         raise BadOption(f"unknown parameter '{name}'; known are: {', '.join(sorted(KNOWN))}")
     if name == "stop":
-        return list(values)
+        return list(Options().updated({"stop": values}).stop)
     value = _read(name, _kind(name), values[0])
     Options().updated({name: value} if name not in NOT_YET else {})
     return value

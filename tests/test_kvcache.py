@@ -1,5 +1,6 @@
 """The cache gives back what was put in, slot by slot, and grows without forgetting."""
 
+import pytest
 import torch
 
 from refollama.kvcache import FIRST_LENGTH, KVCache
@@ -33,6 +34,25 @@ def test_memory_follows_the_longest_sequence():
     assert cache.length == 0
     cache.rows([0], 1)
     assert cache.length == FIRST_LENGTH
+
+
+def test_running_out_of_memory_while_growing_leaves_the_cache_as_it_was(monkeypatch):
+    cache = KVCache(3, 2, 3)
+    put(cache, 0, 0, FIRST_LENGTH, layer=2)
+    real, calls = torch.Tensor.new_zeros, []
+
+    def scarce(self, *shape):
+        calls.append(shape)
+        if len(calls) == 4:
+            raise MemoryError
+        return real(self, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", scarce)
+    with pytest.raises(MemoryError):
+        cache.rows([0], FIRST_LENGTH + 1)
+    monkeypatch.undo()
+    keys, _ = put(cache, 0, FIRST_LENGTH, 1, layer=2)
+    assert keys[0, 0, :, 0].tolist() == list(range(FIRST_LENGTH + 1))
 
 
 def test_slots_are_apart_and_a_column_reads_each_row_its_own():

@@ -53,7 +53,7 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """(V,) → id. Chance is drawn on the CPU in float64, so the device cannot change it."""
         logits = logits.to("cpu", torch.float32)
-        if logits.isnan().any():
+        if not logits.isfinite().all():
             raise RefollamaError("the model's output is not a number: the weights may be damaged")
         for name, stage in self.stages():
             logits = stage(logits)

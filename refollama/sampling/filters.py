@@ -59,7 +59,8 @@ def temperature(logits: Tensor, t: float) -> Tensor:
 
     Source: Ackley, Hinton and Sejnowski 1985, "A Learning Algorithm for Boltzmann Machines".
     """
-    return logits / t
+    # Less the greatest, which changes no probability: however small t is, the best stays at 0.
+    return ((logits - logits.max()).double() / t).float()
 
 
 def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:

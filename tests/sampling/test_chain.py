@@ -98,6 +98,14 @@ def test_a_newline_may_be_spared():
     assert Sampler(options, [1])(logits) == 0
 
 
+@pytest.mark.parametrize("t", [5e-324, 1e-46, 1e-44, 1e-10, 1e30])
+def test_the_smallest_and_the_largest_temperatures_draw_what_may_be_drawn(t):
+    sampler = Sampler(with_(temperature=t))
+    tokens = {sampler(torch.tensor([-3.0, -1.0, -1e30, -2.0])) for _ in range(40)}
+    assert tokens == ({1} if t < 1 else {0, 1, 2, 3})
+
+
 def test_logits_that_are_no_numbers_are_an_error_and_not_a_token():
-    with pytest.raises(RefollamaError, match="not a number"):
-        Sampler(PLAIN)(torch.tensor([0.0, math.nan]))
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(RefollamaError, match="not a number"):
+            Sampler(PLAIN)(torch.tensor([0.0, bad]))
