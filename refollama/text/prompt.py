@@ -28,6 +28,6 @@ def render_generate(
     return template.render(values) + response
 
 
-@lru_cache(maxsize=16)  # a model's template is the same at each request
+@lru_cache(maxsize=8)  # a model's template is the same at each request
 def _parsed(source: str) -> Template:
     return Template(source)

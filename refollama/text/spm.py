@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SPACE = "\u2581"  # how a vocabulary writes a space; in a user's text it is one, too
 DEFAULTS = Defaults(bos_id=1, eos_id=2, unknown_id=0, add_bos=True, add_eos=False)
+UNBOUNDED = 2**31  # characters; more than any text has
 _SURROGATES = re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs: no UTF-8 can hold them
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -51,6 +52,7 @@ class SpmTokenizer:
     ) -> None:
         self.vocabulary = vocabulary
         self.space_prefix = space_prefix  # does each fragment of text get a space in front?
+        self.longest = _longest(vocabulary)
         self._specials = SpecialTokens.of(vocabulary)
         self._pieces = _printed(vocabulary)
         self._model, self._ids = _rebuilt(vocabulary, scores)
@@ -177,6 +179,13 @@ def _rebuilt(
     except (RuntimeError, OverflowError, struct.error) as error:
         raise FormatError(f"the vocabulary is no SentencePiece model: {error}") from None
     return model, [vocabulary.unknown_id, *bytes_.values(), *merged.values()]
+
+
+def _longest(vocabulary: Vocabulary) -> int:
+    """Characters of the longest token. Without byte tokens any run of strange ones is one token."""
+    rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    spelled = {text for text, kind in rows if kind == TokenType.BYTE}
+    return max(map(len, vocabulary.tokens)) if spelled >= set(_BYTES) else UNBOUNDED
 
 
 def _byte_ids(vocabulary: Vocabulary) -> dict[str, int]:

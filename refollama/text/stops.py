@@ -15,31 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 
-def until_stop(pieces: Iterable[str], stops: Iterable[str]) -> Iterator[str]:
-    """The pieces up to the first stop string; never an empty one.
-
-    `pieces` is closed at the end if it can be: closing a stream of tokens cancels it.
-    """
-    cut = StopStrings(stops)
-    try:
-        for piece in pieces:
-            if shown := cut.feed(piece):
-                yield shown
-            if cut.hit:
-                return
-        if shown := cut.finish():
-            yield shown
-    finally:
-        hang_up(pieces)
-
-
-def hang_up(source: object) -> None:
-    """Close a stream that knows how to be closed; a plain list does not."""
-    close = getattr(source, "close", None)
-    if close is not None:
-        close()
-
-
 class StopStrings:
     """Text goes in, text that is safe to show comes out, `hit` says when it is over.
 

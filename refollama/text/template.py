@@ -18,8 +18,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from refollama.errors import TemplateError
 from refollama.text.gotemplate.nodes import ROOT, Run
 from refollama.text.gotemplate.parser import Parser
+
+LONGEST = 1 << 16  # characters; the longest that models come with have some ten thousand
 
 
 class Template:
@@ -29,6 +32,8 @@ class Template:
     """
 
     def __init__(self, source: str) -> None:
+        if len(source) > LONGEST:
+            raise TemplateError(f"longer than {LONGEST} characters", 1, 1)
         self.source = source
         parser = Parser(source)
         self._body = parser.whole()

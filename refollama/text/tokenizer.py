@@ -19,7 +19,6 @@ from numbers import Real
 from typing import Any, Protocol
 
 from refollama.errors import BadRequest, FormatError
-from refollama.text.stops import hang_up
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +47,10 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Ids are 0 … vocab_size − 1."""
+
+    @property
+    def longest(self) -> int:
+        """Characters of the longest token: no text has fewer tokens than its length over this."""
 
     def encode(
         self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
@@ -124,6 +127,13 @@ def decode_stream(
             yield text
     finally:
         hang_up(ids)
+
+
+def hang_up(source: object) -> None:
+    """Close a stream that knows how to be closed; a plain list does not."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
 
 
 # --------------------------------------------------------------------- special tokens in text

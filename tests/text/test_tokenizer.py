@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from refollama.errors import BadRequest
 from refollama.text.spm import SpmTokenizer
-from refollama.text.stops import hang_up
-from refollama.text.tokenizer import SpecialTokens, StreamDecoder
+from refollama.text.tokenizer import SpecialTokens, StreamDecoder, hang_up
 from tests.text.vocabularies import columns, extended, trained
 
 TOKENIZER = SpmTokenizer.from_metadata(
