@@ -40,10 +40,11 @@ def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer alone, from a GGUF file that may hold no tensors."""
-    from refollama import loaded  # brings torch
+    """The tokenizer alone, from a GGUF file that may hold no tensors; without torch."""
+    from refollama.text import tokenizer_from
+    from refollama.weights.gguf import open_gguf
 
-    return loaded.load_tokenizer(path)
+    return tokenizer_from(open_gguf(path).metadata)
 
 
 def __getattr__(name: str) -> Any:

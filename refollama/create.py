@@ -31,6 +31,7 @@ from refollama.errors import (
     UnsupportedModel,
 )
 from refollama.messages import Create, Progress
+from refollama.paths import is_path
 from refollama.store import TEXT_LIMIT, Store
 from refollama.store import manifest as kinds
 from refollama.store import modelfile as modelfiles
@@ -40,7 +41,7 @@ from refollama.store.manifest import Config, Layer, Manifest, as_float32, params
 from refollama.store.modelfile import Command, Modelfile
 from refollama.store.name import Name
 from refollama.text.template import Template
-from refollama.weights.gguf import open_gguf
+from refollama.weights.gguf import is_gguf, open_gguf
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class _Base:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-def create(store: Store, ask: Create, *, local_files: bool) -> Iterator[Progress]:
+def create(store: Store, ask: Create, *, local_files: bool) -> Generator[Progress, None, None]:
     """Make a model; the statuses of the work, one after another.
 
     `local_files`: may FROM name a file of this machine?  Only where the asker sits at it.
@@ -91,7 +92,7 @@ def create(store: Store, ask: Create, *, local_files: bool) -> Iterator[Progress
 
 def _steps(
     store: Store, name: Name, modelfile: Modelfile, parameters: dict[str, Any], base: _Base
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """All that writes.  Each status comes before the work that it names."""
     with store.draft() as draft:
         build = _Build(store, draft, base.config)
@@ -203,6 +204,8 @@ def _from_blob(store: Store, text: str) -> _Base:
 
 
 def _from_file(path: Path, what: str) -> _Base:
+    if not is_gguf(path):
+        raise _unreadable(what)
     try:
         total = path.stat().st_size
         return _Base("creating model layer", _described(path), path, total)
@@ -230,28 +233,23 @@ def _local(what: str, directory: Path | None) -> Path | None:
     """The file that is meant, or None where a model's name may be meant.
 
     Raises: BadRequest for what can only be a path and is no regular file: the same sentence
-    whether it is missing, forbidden, a folder or a device.
+    whether it is missing, forbidden, a folder, a device, or no GGUF file.
     """
     path = Path.home() / what[2:] if what.startswith("~/") else Path(what)
     path = directory / path if directory is not None else path
     if path.is_absolute() and os.path.isfile(path):
         return path
-    if _is_path(what):
+    if is_path(what):
         raise _unreadable(what)
     return None
 
 
-def _is_path(what: str) -> bool:
-    """Could it be nothing but a path?"""
-    return what.startswith(("/", "~", "."))
-
-
 def _unreadable(what: str) -> BadRequest:
-    return BadRequest(f"FROM {what[:200]!r}: this is not a regular file that can be read")
+    return BadRequest(f"FROM {what[:200]!r}: there is no GGUF file that can be read")
 
 
 def _model_name(what: str, local_files: bool) -> Name:
-    if _is_path(what) and not local_files:
+    if is_path(what) and not local_files:
         raise BadRequest(_NO_FILES)
     try:
         return Name.parse(what)

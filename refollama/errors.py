@@ -12,6 +12,8 @@ RefollamaError                    500
 ├── NotFound                      404
 │   └── ModelNotFound             404
 ├── ServerBusy                    503  the queue is full
+├── Stopping                      503  the model or the server is going away
+├── Abandoned                     499  whoever asked has gone; nobody reads this
 ├── StoreError                    500  the disk said no
 └── ServerUnreachable             503  seen by clients only: nobody listens
 
@@ -60,7 +62,7 @@ class TemplateError(BadRequest):
 class PromptTooLong(BadRequest):
     """A prompt with more tokens than the context holds."""
 
-    def __init__(self, tokens: int, room: int) -> None:
+    def __init__(self, tokens: int | str, room: int) -> None:
         super().__init__(
             f"the prompt has {tokens} tokens, but the context holds {room}: "
             "shorten the prompt or raise num_ctx"
@@ -96,6 +98,18 @@ class ServerBusy(RefollamaError):
     """Too many requests are waiting already."""
 
     status = 503
+
+
+class Stopping(RefollamaError):
+    """The model has been unloaded, or the server stops."""
+
+    status = 503
+
+
+class Abandoned(RefollamaError):
+    """Whoever asked has gone: the work ends, and nobody reads why."""
+
+    status = 499
 
 
 class StoreError(RefollamaError):

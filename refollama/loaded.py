@@ -9,25 +9,37 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from refollama.engine.engine import Engine, Stream
-from refollama.errors import BadRequest, FormatError, NotFound
+from refollama.engine import limits
+from refollama.engine.engine import LOOK_AROUND, Engine, Stream, never
+from refollama.errors import (
+    Abandoned,
+    BadRequest,
+    FormatError,
+    NotFound,
+    RefollamaError,
+    Stopping,
+    UnsupportedModel,
+)
 from refollama.messages import Chunk, Stats
 from refollama.models.llama import Llama
 from refollama.models.load import load_net
 from refollama.options import Options
-from refollama.store import Name, Store
+from refollama.store import ModelFiles, Name, Store
 from refollama.text import tokenizer_from
 from refollama.text.stops import StopStrings
 from refollama.text.tokenizer import StreamDecoder, Tokenizer
 from refollama.weights.gguf import open_gguf
+
+Chunks = Generator[Chunk, None, None]  # closing it is cancelling
 
 
 class Answer(NamedTuple):
@@ -41,7 +53,8 @@ class LoadedModel:
     """A net, its tokenizer, and the engine that lets many callers share them.
 
     `net` is an ordinary torch module: hook it, change it, call it. `slots` answers are written side
-    by side, others wait. `parameters` are the options that stand in the model's Modelfile.
+    by side, others wait; those that ask for another `f16_kv` have slots of their own.
+    `parameters` are the options that stand in the model's Modelfile.
     """
 
     def __init__(
@@ -52,12 +65,13 @@ class LoadedModel:
         parameters: Mapping[str, Any] | None = None,
         slots: int = 1,
     ) -> None:
+        self._engines: dict[bool, Engine] = {}  # by f16_kv: a cache has one type
+        self._lock = threading.Lock()
+        self._closed = False
+        self._slots = slots
         self.net = net
         self.tokenizer = tokenizer
         self.defaults = Options().updated(parameters or {})
-        self._slots = slots
-        self._engines: dict[bool, Engine] = {}  # by f16_kv: a cache has one type
-        self._lock = threading.Lock()
 
     # ── text in, text out ─────────────────────────────────────────────────────────────────────
 
@@ -66,15 +80,17 @@ class LoadedModel:
 
         Raises: BadOption, PromptTooLong.
         """
-        return (chunk.text for chunk in self._ask(prompt, options) if chunk.text)
+        with closing(self._ask(prompt, options)) as chunks:
+            yield from (chunk.text for chunk in chunks if chunk.text)
 
     def generate(self, prompt: str, options: Mapping[str, Any] | None = None) -> Answer:
         """The whole answer to a raw prompt: `text, record = llm.generate(…)`."""
         chunks = list(self._ask(prompt, options))
         return Answer("".join(chunk.text for chunk in chunks), chunks[-1])
 
-    def _ask(self, prompt: str, options: Mapping[str, Any] | None) -> Iterator[Chunk]:
-        return self.answer(self.tokens(prompt), self.defaults.updated(options or {}))
+    def _ask(self, prompt: str, options: Mapping[str, Any] | None) -> Chunks:
+        chosen = self.defaults.updated(options or {})
+        return self.answer(self.tokens(prompt, options=chosen), chosen)
 
     # ── ids in, ids out ───────────────────────────────────────────────────────────────────────
 
@@ -89,41 +105,76 @@ class LoadedModel:
         cache = self.net.new_cache().rows([0], ids.shape[1])
         return self.net.output(self.net.hidden(ids, positions, cache)[0]).cpu()
 
-    def tokens(self, prompt: str, context: Sequence[int] = ()) -> list[int]:
+    def tokens(
+        self, prompt: str, context: Sequence[int] = (), *, options: Options | None = None
+    ) -> list[int]:
         """A prompt as ids, BOS and special tokens included, after those of an earlier answer.
 
-        Raises: BadRequest for ids that the vocabulary does not have.
+        Raises: BadRequest for ids that the vocabulary does not have; PromptTooLong for a text that
+        cannot fit into the context of these options, before any work is put into it.
         """
+        if options is not None:
+            room = limits.context(options, self.net.n_ctx)
+            fewest = -(-len(prompt) // self.tokenizer.longest)
+            limits.check(len(context) + fewest, room, "at least ")
         if not context:
             return self.tokenizer.encode(prompt, bos=True, special=True)
         return self._checked(context) + self.tokenizer.encode(prompt, special=True, continues=True)
 
-    def answer(self, tokens: Sequence[int], options: Options) -> Iterator[Chunk]:
-        """Ids of a prompt → pieces of text that are safe to show, then one final record."""
+    def answer(
+        self, tokens: Sequence[int], options: Options, gone: Callable[[], bool] = never
+    ) -> Chunks:
+        """Ids of a prompt → pieces of text that are safe to show, then one final record.
+
+        Its context is the prompt's ids and those of the text that was shown: what a stop string
+        cut off is not in it. For `gone`, see `Engine.stream`.
+        """
         start = time.perf_counter_ns()
         decoder = StreamDecoder(self.tokenizer, after=tokens)
         stops = StopStrings(options.stop)
         drawn: list[int] = []
-        with self.engine(options.f16_kv).stream(tokens, options) as ids:
+        shown = 0
+        with self.engine(options.f16_kv).stream(tokens, options, gone) as ids:
             for token in ids:
                 drawn.append(token)
                 if text := stops.feed(decoder.push(token)):
+                    shown += len(text)
                     yield Chunk(text)
                 if stops.hit:
                     break
         tail = stops.feed(decoder.finish()) + stops.finish()
         if tail:
+            shown += len(tail)
             yield Chunk(tail)
         yield Chunk(
             done=True,
             done_reason="stop" if stops.hit else ids.sequence.done_reason,
             stats=_stats(ids, start, len(tokens), len(drawn)),
-            context=(*tokens, *drawn),
+            context=(*tokens, *(self._visible(tokens, drawn, shown) if stops.hit else drawn)),
         )
 
+    def _visible(self, prompt: Sequence[int], drawn: Sequence[int], shown: int) -> list[int]:
+        """The ids of an answer's first `shown` characters; a token that was cut is respelled."""
+        decoder = StreamDecoder(self.tokenizer, after=prompt)
+        kept: list[int] = []
+        text = ""
+        for token in drawn:
+            longer = text + decoder.push(token)
+            if len(longer) > shown:
+                rest = longer[len(text) : shown]
+                return kept + self.tokenizer.encode(rest, continues=True)
+            kept.append(token)
+            text = longer
+        return kept
+
     def engine(self, f16_kv: bool = True) -> Engine:
-        """The engine whose cache is of this type; made when first needed."""
+        """The engine whose cache is of this type; made when first needed.
+
+        Raises: Stopping, once the model is closed.
+        """
         with self._lock:
+            if self._closed:
+                raise Stopping("the model has been unloaded")
             if f16_kv not in self._engines:
                 self._engines[f16_kv] = Engine(
                     self.net,
@@ -137,6 +188,7 @@ class LoadedModel:
     def close(self) -> None:
         """End all answers and let go of the caches. Dropping the model does the same."""
         with self._lock:
+            self._closed = True
             for engine in self._engines.values():
                 engine.close()
             self._engines.clear()
@@ -171,17 +223,21 @@ def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
         return load_file(path, slots=slots)
     if isinstance(model, Path) or path.suffix == ".gguf":
         raise NotFound(f"{model}: there is no such file")
-    files = Store.default().resolve(Name.parse(str(model)))
+    files = runnable(Store.default().resolve(Name.parse(str(model))))
     return load_file(files.weights, parameters=files.parameters, slots=slots)
 
 
 def load_file(
     path: Path, *, parameters: Mapping[str, Any] | None = None, slots: int = 1
 ) -> LoadedModel:
-    """A GGUF file as a model that can answer.  Raises: FormatError, UnsupportedModel."""
+    """A GGUF file as a model that can answer.  Raises: NotFound, FormatError, UnsupportedModel."""
     file = open_gguf(path)
-    tokenizer = tokenizer_from(file.metadata)
-    net = load_net(file)
+    try:
+        tokenizer, net = tokenizer_from(file.metadata), load_net(file)
+    except (FormatError, UnsupportedModel) as error:
+        if str(error).startswith(path.name):
+            raise
+        raise type(error)(f"{path.name}: {error}") from None  # whose metadata it was
     if tokenizer.vocab_size != net.n_vocab:
         raise FormatError(
             f"{path.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
@@ -190,82 +246,145 @@ def load_file(
     return LoadedModel(net, tokenizer, parameters=parameters, slots=slots)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a GGUF file, which need not hold any tensors."""
-    return tokenizer_from(open_gguf(path).metadata)
+def runnable(files: ModelFiles) -> ModelFiles:
+    """The same files, if we can run all of them.  Raises: UnsupportedModel."""
+    if files.adapters:
+        raise UnsupportedModel(f"model '{files.name}' has an adapter; expected none: not built yet")
+    return files
 
 
 class LoadedModels:
     """The models that are in memory, so that the next request need not load again.
 
     At most `limit` files at a time: the one that was idle longest makes room; if all are busy, the
-    newcomer waits. Two names that share weights share the model.
+    newcomer waits. Who waits longest is served first. Two names that share weights share the model.
     """
 
     def __init__(self, *, limit: int = 1, slots: int = 1) -> None:
         self.limit = limit
         self.slots = slots
         self._entries: dict[object, _Entry] = {}
-        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()  # a ticket for each request that is not yet admitted
+        self._closed = False
+        self._changed = threading.Condition()  # guards all of the above; never held while closing
 
     @contextmanager
-    def lease(self, path: Path) -> Iterator[LoadedModel]:
-        """The model of this file; while the lease lasts it stays loaded."""
+    def lease(self, path: Path, gone: Callable[[], bool] = never) -> Iterator[LoadedModel]:
+        """The model of this file; while the lease lasts it stays loaded.
+
+        gone: asked now and then while waiting.  Raises: Abandoned if it says yes, Stopping, and
+        all that `load_file` raises.
+        """
         key = _identity(path)
-        with self._changed:
-            entry = self._entry(key)
-            entry.users += 1
+        entry = self._admitted(key, gone)
         try:
-            yield self._load(key, entry, path)
+            yield self._loaded(key, entry, path)
         finally:
-            with self._changed:
-                entry.users -= 1
-                entry.last_used = time.monotonic()
-                if entry.users == 0 and self._entries.get(key) is not entry:
-                    entry.close()  # taken off the shelf meanwhile
-                self._changed.notify_all()
+            self._release(key, entry)
 
     def close(self) -> None:
-        """Unload everything; running answers end with an error."""
+        """Unload everything; running answers end with an error, and nothing is loaded any more."""
         with self._changed:
+            self._closed = True
             entries = list(self._entries.values())
             self._entries.clear()
+            self._changed.notify_all()
         for entry in entries:
             entry.close()
 
-    def _entry(self, key: object) -> _Entry:
-        """The entry of this key; a new one waits until there is room."""
-        while key not in self._entries and len(self._entries) >= self.limit:
-            idle = [k for k, entry in self._entries.items() if entry.users == 0]
-            if idle:
-                oldest = min(idle, key=lambda k: self._entries[k].last_used)
-                self._entries.pop(oldest).close()
-            else:
-                self._changed.wait()
-        return self._entries.setdefault(key, _Entry())
+    def _admitted(self, key: object, gone: Callable[[], bool]) -> _Entry:
+        """A place on the shelf, in the order of asking."""
+        ticket = object()
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                while not (self._queue[0] is ticket and self._room(key)):
+                    self._check(gone)
+                    self._changed.wait(LOOK_AROUND)
+                self._check(gone)
+                entry = self._place(key)
+                entry.users += 1
+                return entry
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
 
-    def _load(self, key: object, entry: _Entry, path: Path) -> LoadedModel:
+    def _check(self, gone: Callable[[], bool]) -> None:
+        if self._closed:
+            raise Stopping("the server is stopping")
+        if gone():
+            raise Abandoned("whoever asked has gone")
+
+    def _room(self, key: object) -> bool:
+        """Is this model here already, or could it be?"""
+        return key in self._entries or len(self._entries) < self.limit or bool(self._idle())
+
+    def _idle(self) -> list[object]:
+        return [key for key, entry in self._entries.items() if entry.users == 0]
+
+    def _place(self, key: object) -> _Entry:
+        """The model's place; a new one may take that of the model that was idle longest."""
+        if key not in self._entries:
+            evicted = None
+            if len(self._entries) >= self.limit:
+                oldest = min(self._idle(), key=lambda k: self._entries[k].last_used)
+                evicted = self._entries.pop(oldest)
+            self._entries[key] = _Entry(evicted)
+        return self._entries[key]
+
+    def _loaded(self, key: object, entry: _Entry, path: Path) -> LoadedModel:
         with entry.loading:  # the second request for a model waits for the first to load it
+            entry.evict()
+            if entry.failure is not None:
+                raise entry.failure
             if entry.model is None:
                 try:
                     entry.model = load_file(path, slots=self.slots)
-                except BaseException:
-                    with self._changed:
-                        self._entries.pop(key, None)
+                except RefollamaError as failure:
+                    entry.failure = failure
                     raise
-            return entry.model
+                finally:
+                    self._settle(key, entry)
+        if self._closed:
+            raise Stopping("the server is stopping")
+        return entry.model
+
+    def _settle(self, key: object, entry: _Entry) -> None:
+        """After loading: what failed leaves the shelf."""
+        with self._changed:
+            if entry.model is None and self._entries.get(key) is entry:
+                del self._entries[key]
+
+    def _release(self, key: object, entry: _Entry) -> None:
+        with self._changed:
+            entry.users -= 1
+            entry.last_used = time.monotonic()
+            orphan = entry.users == 0 and self._entries.get(key) is not entry
+            self._changed.notify_all()
+        if orphan:  # taken off the shelf meanwhile
+            entry.close()
 
 
 class _Entry:
     """One place on the shelf."""
 
-    def __init__(self) -> None:
+    def __init__(self, evicted: _Entry | None) -> None:
+        self.evicted = evicted  # whose place this was; closed before the new model is loaded
         self.model: LoadedModel | None = None
+        self.failure: RefollamaError | None = None
         self.users = 0
         self.last_used = 0.0
         self.loading = threading.Lock()
 
+    def evict(self) -> None:
+        """Let go of the one before. It may have to wait for a step of its model."""
+        if self.evicted is not None:
+            self.evicted.close()
+            self.evicted = None
+
     def close(self) -> None:
+        """Unload the model, if there is one."""
+        self.evict()
         if self.model is not None:
             self.model.close()
 
@@ -282,7 +401,7 @@ def _stats(stream: Stream, start: int, prompt: int, drawn: int) -> Stats:
     read = seq.prompt_read or now
     return Stats(
         total_duration=now - start,
-        prompt_eval_count=prompt,
+        prompt_eval_count=prompt if seq.prompt_read else 0,
         prompt_eval_duration=read - (seq.started or read),
         eval_count=drawn,
         eval_duration=now - read,

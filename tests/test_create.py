@@ -295,7 +295,8 @@ def test_what_is_no_whole_gguf_is_refused(store, folder, data, sent):
     (folder / "bad.gguf").write_bytes(data)
     source = f"@{store.blobs.add(data)}" if sent else "./bad.gguf"
     problem = refused(store, f"SYSTEM before\nFROM {source}", folder)
-    assert type(problem) is FormatError and problem.status == 400
+    told = sent or data.startswith(b"GGUF")  # of other files nobody learns what they are
+    assert type(problem) is (FormatError if told else BadRequest) and problem.status == 400
 
 
 def test_no_file_is_touched_for_a_stranger(store, folder, monkeypatch):

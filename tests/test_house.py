@@ -13,7 +13,7 @@ PACKAGE = ROOT / "refollama"
 
 # Each floor may import the floors below it. Rooms of one floor do not know each other.
 FLOORS = [
-    {"errors", "options", "messages", "host", "version"},
+    {"errors", "options", "messages", "host", "paths", "version"},
     {"weights", "text", "sampling", "kvcache", "store"},
     {"models", "engine"},
     {"fast", "trace"},
@@ -33,7 +33,7 @@ NEIGHBOURS = {  # of one floor, and yet: the errors are everybody's, the command
     "private_server": {"client"},
 }
 CLIENT_SIDE = {"client", "terminal", "private_server", "cli"}
-FOR_EVERYBODY = {"errors", "options", "messages", "host", "version"}
+FOR_EVERYBODY = FLOORS[0]
 
 
 def modules():

@@ -1,6 +1,9 @@
 """A loaded model as a notebook sees it, and the shelf that the server keeps models on."""
 
+import contextlib
 import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,15 @@ import torch
 
 import refollama
 from refollama.engine.generate import generate
-from refollama.errors import BadRequest, FormatError, ModelNotFound, NotFound, PromptTooLong
+from refollama.errors import (
+    Abandoned,
+    BadRequest,
+    FormatError,
+    ModelNotFound,
+    NotFound,
+    PromptTooLong,
+    Stopping,
+)
 from refollama.loaded import LoadedModels, load_file
 from refollama.options import Options
 from tests.tiny import TOKENS, write_model
@@ -80,6 +91,33 @@ def test_the_answer_is_what_the_textbook_loop_draws(llm):
     drawn = list(generate(llm.net, prompt, options, eos=llm.tokenizer.eos_ids))
     before, whole = llm.tokenizer.decode(prompt), llm.tokenizer.decode([*prompt, *drawn])
     assert llm.generate("the", options=GREEDY).text == whole[len(before) :]
+
+
+class Scripted:
+    """An engine that says what it is told to."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    @contextlib.contextmanager
+    def stream(self, tokens, options, gone):
+        yield Said(self.ids)
+
+
+class Said(list[int]):
+    sequence = types.SimpleNamespace(started=1, prompt_read=2, done_reason="length")
+
+
+def test_context_holds_what_was_shown_and_no_more(llm, monkeypatch):
+    """Stop strings that begin anywhere, in the middle of tokens too."""
+    said = " the rest is on the sand"
+    ids = llm.tokenizer.encode(said, continues=True)
+    assert len(ids) < len(said) - 5  # so that many cuts are inside of a token
+    monkeypatch.setattr(llm, "engine", lambda f16_kv: Scripted(ids))
+    for start in range(len(said)):
+        text, record = llm.generate("a", options={"stop": [said[start:]]})
+        assert text == said[:start] and record.done_reason == "stop"
+        assert llm.tokenizer.decode(record.context) == "a" + text
 
 
 @pytest.mark.parametrize("num_batch", [1, 3, 512])
@@ -217,5 +255,96 @@ def test_a_model_that_fails_to_load_leaves_no_trace(shelf, tiny, tmp_path):
     for _ in range(2):
         with pytest.raises(FormatError), shelf.lease(bad):
             pass
+        assert shelf._entries == {}
     with shelf.lease(tiny) as model:
         assert model.generate("the", options=GREEDY).text
+
+
+def test_the_longest_idle_goes_and_its_engine_with_it(tmp_path):
+    paths = [write_model(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
+    shelf = LoadedModels(limit=2)
+    models = []
+    for path in (paths[0], paths[1], paths[0]):
+        with shelf.lease(path) as model:
+            model.generate("the", options=GREEDY)
+            models.append(model)
+    with shelf.lease(paths[2]):
+        assert models[1]._engines == {}  # 1 was idle longest: closed
+        assert models[0]._engines != {}
+    shelf.close()
+
+
+def test_waiting_for_a_model_ends_when_whoever_asked_is_gone(shelf, tiny, tmp_path):
+    other = write_model(tmp_path / "other.gguf", seed=2)
+    with shelf.lease(tiny), pytest.raises(Abandoned), shelf.lease(other, gone=lambda: True):
+        pass
+    with shelf.lease(other) as model:
+        assert model.generate("the", options=GREEDY).text
+
+
+def test_a_newcomer_is_not_starved_by_those_who_come_after_it(shelf, tiny, tmp_path):
+    """Two clients that always overlap on one model; a third wants another."""
+    other = write_model(tmp_path / "other.gguf", seed=2)
+    stop, served = threading.Event(), threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            with shelf.lease(tiny):
+                stop.wait(0.05)
+
+    def newcomer():
+        with shelf.lease(other):
+            served.set()
+
+    threads = [threading.Thread(target=busy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    late = threading.Thread(target=newcomer)
+    late.start()
+    assert served.wait(5)
+    stop.set()
+    for thread in (*threads, late):
+        thread.join()
+
+
+def test_making_room_does_not_hold_up_the_others(tmp_path):
+    """Closing an engine waits for its step; who leases another model must not wait for that."""
+    warm, slow, new = (write_model(tmp_path / f"{n}.gguf", seed=n) for n in range(3))
+    shelf = LoadedModels(limit=2)
+    entered, release = threading.Event(), threading.Event()
+
+    def wait_in_the_middle(*_):
+        entered.set()
+        release.wait(10)
+
+    def newcomer():
+        with shelf.lease(new):
+            pass
+
+    with shelf.lease(warm):
+        with shelf.lease(slow) as model:
+            model.net.register_forward_pre_hook(wait_in_the_middle)
+            stream = model.engine().stream([1], Options().updated(GREEDY))
+            assert entered.wait(5)
+        thread = threading.Thread(target=newcomer)
+        thread.start()  # `slow` is idle, and must go; but its engine is in the middle of a step
+        time.sleep(0.2)
+        start = time.monotonic()
+        with shelf.lease(warm):
+            assert time.monotonic() - start < 1 and thread.is_alive()
+        release.set()
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(Stopping):
+        list(stream)
+    shelf.close()
+
+
+def test_a_closed_shelf_loads_nothing_more(tiny):
+    shelf = LoadedModels()
+    with shelf.lease(tiny) as model:
+        shelf.close()
+        with pytest.raises(Stopping):
+            model.generate("the", options=GREEDY)
+    with pytest.raises(Stopping), shelf.lease(tiny):
+        pass

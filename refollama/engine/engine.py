@@ -6,22 +6,34 @@ Closing the iterator is cancelling: the slot is free before the next step begins
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from refollama.engine import limits
 from refollama.engine.net import Net
 from refollama.engine.scheduler import Scheduler
 from refollama.engine.sequence import End, Sequence
-from refollama.errors import RefollamaError
+from refollama.errors import Abandoned, RefollamaError, Stopping
 from refollama.options import Options
 from refollama.sampling.chain import Sampler
 
+log = logging.getLogger(__name__)
+
 MAX_QUEUE = 512  # requests that may wait, as in Ollama
+LOOK_AROUND = 0.5  # seconds between two looks at whether the reader is still there
+
+
+def never() -> bool:
+    """Nobody ever goes: what `gone` is where nobody can."""
+    return False
 
 
 class Engine:
@@ -53,10 +65,13 @@ class Engine:
 
     # ── for everybody ─────────────────────────────────────────────────────────────────────────
 
-    def stream(self, tokens: Iterable[int], options: Options) -> Stream:
+    def stream(
+        self, tokens: Iterable[int], options: Options, gone: Callable[[], bool] = never
+    ) -> Stream:
         """The answer to these tokens, as an iterator of ids.
 
-        Raises: PromptTooLong, ServerBusy.
+        gone: asked now and then; once it says yes, the iterator raises Abandoned.
+        Raises: PromptTooLong, ServerBusy, Stopping.
         """
         prompt = list(tokens)
         limit = limits.answer(len(prompt), options, self.net.n_ctx)
@@ -66,13 +81,13 @@ class Engine:
         if limit == 0:  # num_predict 0: the prompt is not even read
             seq.done_reason = "length"
             seq.finish()
-            return Stream(self, seq)
+            return Stream(self, seq, gone)
         with self._changed:
             if self._closed:
-                raise RefollamaError("the model has been unloaded")
+                raise Stopping("the model has been unloaded")
             self._scheduler.add(seq)
             self._changed.notify()
-        return Stream(self, seq)
+        return Stream(self, seq, gone)
 
     def cancel(self, seq: Sequence) -> None:
         """The sequence is not wanted any more; nothing happens if it has ended already."""
@@ -101,9 +116,10 @@ class Engine:
             try:
                 self._forward(step)
             except Exception as error:  # whatever it was, it ends these sequences, not the engine
+                log.exception("a step of the model failed")
                 for seq in step:
-                    seq.done_reason = "error"
-                    seq.finish(error)
+                    if not seq.done:
+                        seq.fail(_because(error))
 
     def _next(self) -> list[Sequence] | None:
         """Wait for the next step; None when the engine is closed."""
@@ -130,7 +146,7 @@ class Engine:
                 seq.cancelled = True
         for seq in self._scheduler.remove_done():
             if not seq.ended:
-                seq.finish(RefollamaError("the model has been unloaded") if self._closed else None)
+                seq.finish(Stopping("the model has been unloaded") if self._closed else None)
 
     @torch.no_grad()
     def _forward(self, step: list[Sequence]) -> None:
@@ -148,15 +164,31 @@ class Engine:
         for seq, row in zip(step, logits, strict=True):
             seq.seen += width
             if not seq.reading:
-                seq.take(seq.sampler(row), self.eos)
+                self._choose(seq, row)
+
+    def _choose(self, seq: Sequence, logits: Tensor) -> None:
+        """Draw its next token. What is wrong with its logits ends it, and nobody else."""
+        try:
+            seq.take(seq.sampler(logits), self.eos)
+        except Exception as error:
+            seq.fail(error)
+
+
+def _because(error: Exception) -> RefollamaError:
+    """An error of each sequence's own, since each is raised in a thread of its own."""
+    failed = RefollamaError(f"the model failed with {type(error).__name__}: the log says more")
+    failed.__cause__ = error
+    return failed
 
 
 class Stream:
     """The tokens of one answer, as they are drawn. Use it in a `with`, or close it."""
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence, gone: Callable[[], bool]) -> None:
         self._engine = engine
         self._finished = False
+        self._gone = gone
+        self._looked = time.monotonic()
         self.sequence = sequence
 
     def __iter__(self) -> Iterator[int]:
@@ -165,13 +197,27 @@ class Stream:
     def __next__(self) -> int:
         if self._finished:
             raise StopIteration
-        item = self.sequence.outbox.get()
+        item = self._next()
         if not isinstance(item, End):
             return item
         self._finished = True
         if item.error is not None:
             raise item.error
         raise StopIteration
+
+    def _next(self) -> int | End:
+        """The next item; now and then, whether it comes or not, a look at who is waiting for it."""
+        while True:
+            if time.monotonic() - self._looked >= LOOK_AROUND:
+                self._look()
+            with contextlib.suppress(queue.Empty):
+                return self.sequence.outbox.get(timeout=LOOK_AROUND)
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        if self._gone():
+            self.close()
+            raise Abandoned("whoever asked has gone")
 
     def close(self) -> None:
         """Closing is cancelling; after the end it does nothing."""

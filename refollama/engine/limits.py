@@ -11,6 +11,12 @@ def context(options: Options, trained: int) -> int:
     return min(options.num_ctx or trained, trained)
 
 
+def check(tokens: int, room: int, about: str = "") -> None:
+    """Raises: PromptTooLong unless so many tokens fit."""
+    if tokens > room:
+        raise PromptTooLong(f"{about}{tokens}", room)
+
+
 def answer(prompt: int, options: Options, trained: int) -> int:
     """Tokens that may be drawn after a prompt of so many tokens.
 
@@ -18,8 +24,7 @@ def answer(prompt: int, options: Options, trained: int) -> int:
     Raises: PromptTooLong if there is no room for even one; BadRequest for an empty prompt.
     """
     room = context(options, trained)
-    if prompt > room:
-        raise PromptTooLong(prompt, room)
+    check(prompt, room)
     if prompt == 0:
         raise BadRequest("the prompt is empty, and this model has no token to begin with")
     free = room - prompt + 1

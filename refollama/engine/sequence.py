@@ -44,6 +44,7 @@ class Sequence:
 
     @property
     def done(self) -> bool:
+        """Has it ended, or is it not wanted any more?"""
         return bool(self.done_reason) or self.cancelled
 
     def next_tokens(self, most: int) -> list[int]:
@@ -63,6 +64,11 @@ class Sequence:
         self.outbox.put(token)
         if len(self.answer) >= self.limit:
             self.done_reason = "length"
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot go on, for a reason of its own."""
+        self.done_reason = "error"
+        self.finish(error)
 
     def finish(self, error: BaseException | None = None) -> None:
         """Nothing more will come."""

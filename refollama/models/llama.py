@@ -122,7 +122,7 @@ class Llama(nn.Module):
 
     @property
     def n_vocab(self) -> int:
-        """V: the rows of the embedding, which may be more than the tokenizer has tokens."""
+        """V: the rows of the embedding, one for each token."""
         return len(self.token_embd.weight)
 
     @property

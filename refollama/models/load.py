@@ -44,10 +44,12 @@ class FileParts:
         self.used: set[str] = set()
 
     def linear(self, name: str, n_out: int, n_in: int) -> Linear:
+        """A matrix of shape (n_out, n_in), packed."""
         tensor = self._take(f"{name}.weight", (n_out, n_in))
         return Linear(tensor.data, tensor.layout.unpack_rows)
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
+        """A norm with `width` weights."""
         return RMSNorm(self._take(f"{name}.weight", (width,)).unpack(), eps)
 
     def embedding(self, name: str, width: int) -> Embedding:
@@ -56,6 +58,7 @@ class FileParts:
         return Embedding(tensor.data, tensor.layout.unpack_rows)
 
     def has(self, name: str) -> bool:
+        """Is there such a tensor at all?"""
         return f"{name}.weight" in self.weights
 
     def check_all_used(self) -> None:

@@ -51,7 +51,7 @@ def install(app: Flask, *, loopback: bool) -> None:
 def origins(listed: str) -> list[re.Pattern[str]]:
     """Patterns for this machine's own pages at any port, and for those that are listed.
 
-    In a listed one a `*` stands for any text without a slash or an @.
+    A listed `*` alone stands for every origin; inside one it is any text without a slash or an @.
     """
     own = [rf"https?://{re.escape(name)}(:\d+)?" for name in LOCAL_NAMES]
     return [re.compile(pattern) for pattern in (*own, *_listed(listed.split(",")))]
@@ -59,8 +59,9 @@ def origins(listed: str) -> list[re.Pattern[str]]:
 
 def _listed(entries: Iterable[str]) -> Iterable[str]:
     for entry in entries:
-        if entry.strip():
-            yield re.escape(entry.strip()).replace(r"\*", "[^/@]*")
+        entry = entry.strip()
+        if entry:
+            yield ".*" if entry == "*" else re.escape(entry).replace(r"\*", "[^/@]*")
 
 
 def local_host(host: str) -> bool:

@@ -1,6 +1,6 @@
 """The server process: waitress around the app, from the first log line to a clean stop.
 
-Requests are served synchronously: a thread each, from a fixed pool; those beyond it wait.
+Requests are served synchronously, each by a thread of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import ipaddress
 import logging
 import signal
 import sys
-from typing import NoReturn
+import threading
+from functools import partial
+from typing import Any, NoReturn
 
 from waitress.server import create_server
 
@@ -21,8 +23,8 @@ from refollama.version import __version__
 
 log = logging.getLogger("refollama")
 
-THREADS = 64  # requests that are answered at once
-CONNECTIONS = 1024  # clients that may wait for it
+SPARE_THREADS = 32  # so that small requests are answered while the queue of prompts is full
+CONNECTIONS = 1024  # clients that may be connected
 
 
 def serve(host: str, port: int) -> None:
@@ -33,27 +35,31 @@ def serve(host: str, port: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     loopback = is_loopback(host)
     service = Service.default(local_files=loopback)
+    threads = service.max_queue + SPARE_THREADS
     app = create_app(service, loopback=loopback)
     try:
         server = create_server(
             app,
             host=host,
             port=port,
-            threads=THREADS,
+            threads=threads,
             connection_limit=CONNECTIONS,
             asyncore_use_poll=True,  # select() cannot see that many
+            channel_request_lookahead=1,  # keeps reading, and so learns that a client has gone
             ident="refollama",
-            max_request_body_size=LARGEST_BODY + 1,
+            max_request_body_size=2 * LARGEST_BODY,  # beyond it the answer is not our JSON
         )
     except OSError as error:
         raise RefollamaError(_why_not(host, port, error)) from None
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, partial(_stop, service))
     if not loopback:
         log.warning("everybody who can reach %s may use this server: there is no login", host)
-    log.info("refollama %s listens on http://%s:%d", __version__, _bracketed(host), port)
+    for address in _addresses(server):
+        log.info("refollama %s listens on %s", __version__, address)
     log.info("models are in %s", service.store.root)
     try:
-        server.run()  # returns on SystemExit and KeyboardInterrupt
+        server.run()  # returns on SystemExit, once its threads have ended
     finally:
         server.close()
         service.close()
@@ -70,7 +76,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _stop(number: int, frame: object) -> NoReturn:
+def _stop(service: Service, number: int, frame: object) -> NoReturn:
+    """Running answers end with an error line, which frees the threads that the server waits for."""
+    threading.Thread(target=service.close, name="stopping").start()
     sys.exit(0)
 
 
@@ -83,5 +91,8 @@ def _why_not(host: str, port: int, error: OSError) -> str:
     return f"cannot listen on {host}:{port}: {error.strerror or error}"
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _addresses(server: Any) -> list[str]:
+    """Where it listens; a name may stand for several addresses, and waitress then for several."""
+    many = getattr(server, "effective_listen", None)
+    listens = many or [(server.effective_host, server.effective_port)]
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in listens]

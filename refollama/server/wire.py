@@ -8,6 +8,7 @@ type is an error that names the field.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from refollama.errors import BadRequest, RefollamaError
 from refollama.messages import Chunk, Create, Generate, Progress, Stats
 from refollama.store import ModelEntry
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # one JSON object
 
@@ -25,6 +28,12 @@ NOT_YET = {
     "suffix": "this version cannot fill in the middle: suffix must be empty",
     "think": "this version knows no thinking models: think must be false",
     "logprobs": "this version does not report logprobs",
+}
+NOT_YET_IN_CREATE = {
+    "path": "this version takes a Modelfile's text, as modelfile, not its path",
+    "from": "this version takes a Modelfile's text, as modelfile, not its parts",
+    "files": "this version takes a Modelfile's text, as modelfile, not its parts",
+    "quantize": "this version cannot quantise",
 }
 
 
@@ -45,13 +54,16 @@ class Body:
         return next(given, "")
 
     def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
         value = self._take(name, bool, "true or false")
         return default if value is None else value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object; an empty one if it is not given."""
         return self._take(name, dict, "an object") or {}
 
     def ids(self, name: str) -> tuple[int, ...]:
+        """A list of integers; an empty one if it is not given."""
         values = self._take(name, list, "a list of integers") or []
         if any(type(value) is not int for value in values):
             raise BadRequest(f"{name} must be a list of integers")
@@ -62,6 +74,11 @@ class Body:
         for name, sentence in sentences.items():
             if self._fields.get(name):
                 raise BadRequest(sentence)
+
+    def warn(self, name: str) -> None:
+        """A field that has no effect yet and does no harm."""
+        if self._fields.get(name) is not None:
+            log.warning("%s has no effect in this version; ignored", name)
 
     def _take(self, name: str, kind: type, wanted: str) -> Any:
         value = self._fields.get(name)
@@ -109,12 +126,14 @@ def read_generate(raw: bytes) -> Generate:
         stream=body.flag("stream", True),
     )
     body.refuse(NOT_YET)
+    body.warn("keep_alive")
     return ask
 
 
 def read_create(raw: bytes) -> Create:
     """The body of POST /api/create, in its form of 2023: a Modelfile as text."""
     body = Body(raw)
+    body.refuse(NOT_YET_IN_CREATE)
     return Create(
         model=body.text("model", "name"),
         modelfile=body.text("modelfile"),

@@ -240,6 +240,20 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     return GGUF(path, data, header, _placed(cursor, header.alignment, table))
 
 
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Is this a regular file that can be read and that begins as a GGUF file does?
+
+    One answer for all reasons, for those who may not learn what else lies on the disk.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return False
+
+
 def _map(path: Path) -> mmap.mmap:
     """The whole file as a private, copy-on-write map."""
     try:

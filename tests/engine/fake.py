@@ -11,11 +11,11 @@ V = 97
 
 
 class FakeNet:
-    n_ctx = 512
     device = torch.device("cpu")
 
-    def __init__(self, before_step=lambda tokens: None):
+    def __init__(self, before_step=lambda tokens: None, n_ctx=512):
         self.before_step = before_step
+        self.n_ctx = n_ctx
         self.steps = []
 
     def __call__(self, tokens, positions, cache):
@@ -29,7 +29,8 @@ class FakeNet:
         return torch.nn.functional.one_hot((mixed.long() * 31 + 7) % V, V).float() * 50
 
     def new_cache(self, slots=1, dtype=torch.float32):
-        return KVCache(1, 1, 1, slots=slots, dtype=dtype)
+        self.cache = KVCache(1, 1, 1, slots=slots, dtype=dtype)
+        return self.cache
 
 
 def expected(prompt, n):

@@ -1,6 +1,5 @@
 """The engine against the textbook loop, and its manners: cancelling, queueing, failing, closing."""
 
-import itertools
 import threading
 import time
 
@@ -8,11 +7,14 @@ import pytest
 
 from refollama.engine.engine import Engine
 from refollama.engine.generate import generate
-from refollama.errors import BadRequest, PromptTooLong, RefollamaError, ServerBusy
+from refollama.engine.sequence import End
+from refollama.errors import Abandoned, BadRequest, PromptTooLong, RefollamaError, ServerBusy
 from refollama.options import Options
-from tests.engine.fake import FakeNet, V, expected
+from tests.engine.fake import FakeNet, expected
 
 GREEDY = Options(temperature=0, repeat_penalty=1.0, f16_kv=False, num_predict=20)
+
+FOREVER = GREEDY.updated({"num_predict": -1, "num_ctx": 0})
 
 
 @pytest.fixture
@@ -113,13 +115,16 @@ def test_the_end_token_ends_and_is_not_shown(engine):
 
 
 def test_closing_frees_the_slot_for_the_next_at_once(engine):
-    one = engine(slots=1)
-    endless = one.stream([1], GREEDY.updated({"num_predict": -1}))
+    net = FakeNet(n_ctx=10**6)
+    one = engine(net, slots=1)
+    endless = one.stream([1], FOREVER)
     next(endless)
     waiting = one.stream([2], GREEDY)
     assert waiting.sequence.slot is None
     endless.close()
+    steps = len(net.steps)
     assert list(waiting) == expected([2], 20)
+    assert len(net.steps) <= steps + 22
     wait_until(lambda: one.active == 0)
 
 
@@ -134,13 +139,25 @@ def test_a_stream_that_is_dropped_is_cancelled(engine):
 
 
 def test_closing_while_waiting_leaves_the_queue(engine):
-    one = engine(slots=1)
-    first = one.stream([1], GREEDY.updated({"num_predict": -1}))
-    with one.stream([2], GREEDY):
-        pass
+    one = engine(FakeNet(n_ctx=10**6), slots=1)
+    first = one.stream([1], FOREVER)
+    next(first)
+    with one.stream([2], FOREVER):
+        assert one.active == 2
     wait_until(lambda: one.active == 1)
     first.close()
-    assert list(itertools.islice(first, 1)) == []
+    wait_until(lambda: one.active == 0)
+
+
+def test_a_reader_that_is_gone_is_noticed_while_nothing_comes(engine):
+    one = engine(FakeNet(n_ctx=10**6), slots=1)
+    first = one.stream([1], FOREVER)
+    next(first)
+    waiting = one.stream([2], GREEDY, gone=lambda: True)
+    with pytest.raises(Abandoned):
+        next(waiting)
+    wait_until(lambda: one.active == 1)
+    first.close()
 
 
 def test_a_full_queue_says_so(engine):
@@ -161,10 +178,47 @@ def test_a_net_that_fails_ends_its_sequence_and_not_the_engine(engine):
             raise RuntimeError("out of memory")
 
     one = engine(FakeNet(before_step=fail))
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RefollamaError, match="failed with RuntimeError"):
         list(one.stream([66, 66], GREEDY))
     assert list(one.stream([1], GREEDY)) == expected([1], 20)
     assert one.active == 0
+
+
+def test_one_that_fails_does_not_take_its_neighbours_along(engine):
+    """A sampler that raises, in the same decode step as a healthy sequence."""
+    release = threading.Event()
+    one = engine(FakeNet(before_step=lambda tokens: release.wait(5)), slots=2)
+    well, ill = one.stream([1], GREEDY), one.stream([2], GREEDY)
+    calls = iter([3, 4])
+    ill.sequence.sampler = lambda logits: next(calls)  # the third draw raises StopIteration
+    release.set()
+    assert list(well) == expected([1], 20)
+    with pytest.raises(RuntimeError):  # what a StopIteration becomes on its way
+        raise_from(ill)
+    wait_until(lambda: one.active == 0)
+
+
+def raise_from(stream):
+    """Read to the end; an error that came out of the sampler is wrapped, so that it is seen."""
+    while True:
+        item = stream.sequence.outbox.get(timeout=5)
+        if isinstance(item, End):
+            assert item.error is not None
+            raise RuntimeError("the sampler failed") from item.error
+
+
+def test_an_error_belongs_to_each_sequence_alone(engine):
+    def fail(tokens):
+        if tokens.shape[0] == 2:
+            raise MemoryError
+
+    one = engine(FakeNet(before_step=fail), slots=2)
+    errors = []
+    for stream in [one.stream([1], GREEDY), one.stream([2], GREEDY)]:
+        with pytest.raises(RefollamaError, match="MemoryError") as caught:
+            list(stream)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
 
 
 def test_closing_the_engine_ends_the_running_and_refuses_the_next(engine):
@@ -194,8 +248,11 @@ def test_times_are_taken_in_order(engine):
     assert 0 < seq.started <= seq.prompt_read <= seq.ended
 
 
-def test_the_cache_of_the_last_sequence_does_not_leak_into_the_next(engine):
-    one = engine(slots=1)
+def test_nothing_of_the_last_sequence_is_left_in_its_slot(engine):
+    """An infinity that stayed would turn a weight of zero into no number at all."""
+    net = FakeNet()
+    one = engine(net, slots=1)
     list(one.stream(range(1, 90), GREEDY))
+    net.cache.keys[0].fill_(float("inf"))
     assert list(one.stream([4], GREEDY)) == expected([4], 20)
-    assert V > 4
+    assert not net.cache.keys[0].isinf().any()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from refollama.messages import Create
 from refollama.server.app import create_app
 from refollama.service import Service
 from refollama.store import Store
+from tests.tiny import write_model
 
 TEMPLATE = "{{ if .System }}<{{ .System }}>{{ end }}{{ .Prompt }}"
 GREEDY = {"temperature": 0, "repeat_penalty": 1, "num_predict": 12}
@@ -54,6 +56,22 @@ def ask(http):
         return [json.loads(line) for line in response.text.splitlines()]
 
     return post
+
+
+ENDLESS = {"num_predict": -1, "num_ctx": 0, "temperature": 0, "repeat_penalty": 1}
+
+
+def endless(folder):
+    """A model that, greedily, goes on for thousands of tokens; its context holds a million."""
+    path = folder / "endless.gguf"
+    return write_model(path, seed=3, claims={"llama.context_length": 1_000_000})
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager

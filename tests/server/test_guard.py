@@ -26,6 +26,8 @@ def allowed(origin, listed=""):
         ("https://chat.example.evil", "https://chat.example", False),
         ("https://a.chat.example", "https://*.chat.example", True),
         ("https://evil.example/a.chat.example", "https://*.chat.example", False),
+        ("https://any.example", "*", True),
+        ("https://any.example", "a,*", True),
         ("app://obsidian.md", " app://* , x", True),
     ],
 )

@@ -93,7 +93,7 @@ def test_create_streams_its_steps_and_the_model_answers(http, tiny):
         re.fullmatch(r"(writing|using already created) layer sha256:\w+", s) for s in statuses
     )
     answer = http.post("/api/generate", json={"model": "mine", "prompt": "a", "stream": False})
-    assert answer.json()["eval_count"] <= 2
+    assert answer.json().get("eval_count", 0) <= 2
 
 
 def test_create_unstreamed_answers_success_alone(http, tiny):
