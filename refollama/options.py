@@ -23,12 +23,6 @@ Value = bool | int | float | tuple[str, ...]
 # for their type, kept in Modelfiles, and answered with a warning: nothing is swallowed in silence.
 NOT_YET: Mapping[str, type] = {
     "num_keep": int,
-    "min_p": float,
-    "tfs_z": float,
-    "typical_p": float,
-    "mirostat": int,
-    "mirostat_tau": float,
-    "mirostat_eta": float,
     "numa": bool,
     "num_gqa": int,
     "num_gpu": int,
@@ -91,6 +85,12 @@ class Options:
     temperature: float = _knob(0.8)  # 0 or less = always the likeliest token
     top_k: int = _knob(40)  # 0 or less = all
     top_p: float = _knob(0.9, **_between(0, 1))
+    min_p: float = _knob(0.0, **_between(0, 1))
+    typical_p: float = _knob(1.0, **_between(0, 1))  # 1 = off
+    tfs_z: float = _knob(1.0, **_between(0, 1))  # 1 = off
+    mirostat: int = _knob(0, **_between(0, 2))  # 0 = off, else its version
+    mirostat_tau: float = _knob(5.0, **_between(0, 100))  # bits of surprise aimed at
+    mirostat_eta: float = _knob(0.1, **_between(0, 1))  # how fast it learns
 
     # repetition
     repeat_last_n: int = _knob(

@@ -64,6 +64,8 @@ def test_values_that_fit(name, value, kept):
         ("stop", ["x"] * 65, "at most 64 strings"),
         ("seed", -2, "between -1 and"),
         ("mirostat", "two", "an integer"),
+        ("mirostat", 3, "between 0 and 2"),
+        ("num_gqa", "two", "an integer"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_name_and_range(name, value, allowed):
@@ -75,14 +77,14 @@ def test_values_that_do_not_fit_are_refused_with_name_and_range(name, value, all
 
 def test_unknown_names_are_warned_about_once_each_and_ignored(caplog):
     with caplog.at_level(logging.WARNING):
-        assert Options().updated({"tempratur": 1, "mirostat": 2}) == Options()
+        assert Options().updated({"tempratur": 1, "num_gqa": 2}) == Options()
     assert [r.getMessage() for r in caplog.records] == [
         "unknown option 'tempratur' ignored",
-        "option 'mirostat' has no effect in this version; ignored",
+        "option 'num_gqa' has no effect in this version; ignored",
     ]
 
 
-@pytest.mark.parametrize("name", ["tempratur", "mirostat"])
+@pytest.mark.parametrize("name", ["tempratur", "num_gqa"])
 def test_strict_refuses_what_would_be_ignored(name):
     with pytest.raises(BadOption, match=name):
         Options().updated({name: 1}, strict=True)

@@ -1,9 +1,10 @@
 """The sampler of one sequence: named stages in a fixed order, then one draw.
 
-    penalties → temperature ≤ 0: the best one
-              → otherwise top_k → top_p → temperature → draw
+    penalties → temperature ≤ 0:  the best one
+              → mirostat 1 or 2:  temperature → mirostat → draw
+              → otherwise:        top_k → tfs_z → typical_p → top_p → min_p → temperature → draw
 
-Temperature comes last, so top_p sees the model's own probabilities.
+Temperature comes last, so the filters see the model's own probabilities.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from refollama.errors import RefollamaError
 from refollama.options import Options
 from refollama.sampling import filters
+from refollama.sampling.mirostat import Mirostat
 
 Stage = tuple[str, Callable[[Tensor], Tensor]]
 Watch = Callable[[str, Tensor], None]  # name of the stage, logits (V,) after it
@@ -27,8 +29,8 @@ Watch = Callable[[str, Tensor], None]  # name of the stage, logits (V,) after it
 class Sampler:
     """Logits of one sequence → its next token id.
 
-    It remembers two things: the generator of its chances, and the last tokens, for the penalties
-    (`n_ctx` is how many if `repeat_last_n` is -1; None: all).
+    It remembers the generator of its chances, the last tokens, for the penalties (`n_ctx` is how
+    many if `repeat_last_n` is -1; None: all), and what mirostat has learned.
     `on_stage`, if given, is shown what each stage made of the logits.
     Raises: RefollamaError when the model's output is not a number.
     """
@@ -47,6 +49,7 @@ class Sampler:
         self.on_stage = on_stage
         looked_back = options.repeat_last_n if options.repeat_last_n >= 0 else n_ctx
         self.window = deque(prompt, maxlen=looked_back)
+        self.mirostat = Mirostat(options.mirostat, options.mirostat_tau, options.mirostat_eta)
         self.rng = torch.Generator()
         self.rng.manual_seed(options.seed if options.seed >= 0 else random.getrandbits(63))
 
@@ -59,21 +62,36 @@ class Sampler:
             logits = stage(logits)
             if self.on_stage is not None:
                 self.on_stage(name, logits)
-        token = int(logits.argmax()) if self.options.temperature <= 0 else draw(logits, self.rng)
+        token = self._chosen(logits)
         self.window.append(token)
+        return token
+
+    def _chosen(self, logits: Tensor) -> int:
+        if self.options.temperature <= 0:
+            return int(logits.argmax())
+        token = draw(logits, self.rng)
+        if self.options.mirostat:
+            self.mirostat.learn(float(logits.double().softmax(0)[token]))
         return token
 
     def stages(self) -> list[Stage]:
         """What the options ask for, in order."""
         options = self.options
-        stages: list[Stage] = [("penalties", self._penalize)]
-        if options.temperature > 0:
-            stages += [
-                ("top_k", partial(filters.top_k, k=options.top_k)),
-                ("top_p", partial(filters.top_p, p=options.top_p)),
-                ("temperature", partial(filters.temperature, t=options.temperature)),
-            ]
-        return stages
+        penalties: Stage = ("penalties", self._penalize)
+        temperature: Stage = ("temperature", partial(filters.temperature, t=options.temperature))
+        if options.temperature <= 0:
+            return [penalties]
+        if options.mirostat:
+            return [penalties, temperature, ("mirostat", self.mirostat.cut)]
+        return [
+            penalties,
+            ("top_k", partial(filters.top_k, k=options.top_k)),
+            ("tfs_z", partial(filters.tfs_z, z=options.tfs_z)),
+            ("typical_p", partial(filters.typical_p, p=options.typical_p)),
+            ("top_p", partial(filters.top_p, p=options.top_p)),
+            ("min_p", partial(filters.min_p, p=options.min_p)),
+            temperature,
+        ]
 
     def _penalize(self, logits: Tensor) -> Tensor:
         options = self.options

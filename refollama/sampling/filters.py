@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-6  # a sum of float32 probabilities that is this close to p has reached it
+FLAT = 1e-6  # a curve that bends less than this in all has no tail to speak of
 
 
 def penalize(
@@ -52,6 +53,57 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     before = probs.cumsum(0) - probs  # the mass of those that are better
     kept = int((before < p - ROUNDING).sum())
     return _keep(logits, ids[: max(kept, 1)])
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the candidates that are at least p times as likely as the best; p ≤ 0 keeps all.
+
+    Shapes: (V,) → (V,).  Source: Nguyen et al. 2024, "Min-p Sampling", arXiv 2407.01082.
+    """
+    if p <= 0:
+        return logits
+    floor = logits.max() + math.log(p) - ROUNDING
+    return logits.masked_fill(logits < floor, -math.inf)
+
+
+def typical_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the candidates whose surprise is closest to the expected surprise, up to mass p.
+
+    p ≥ 1 keeps all; the candidate that crosses p is kept.  Shapes: (V,) → (V,).
+    Source: Meister et al. 2022, "Locally Typical Sampling", arXiv 2202.00666.
+    Example: one likely token above a long flat tail may itself be dropped.
+    """
+    if p >= 1:
+        return logits
+    ids, probs = candidates(logits)
+    surprise = -probs.log()
+    expected = (probs * surprise).nansum()  # 0 · ∞ counts as 0
+    order = (surprise - expected).abs().argsort(stable=True)
+    before = probs[order].cumsum(0) - probs[order]
+    kept = int((before <= p + ROUNDING).sum())
+    return _keep(logits, ids[order[: max(kept, 1)]])
+
+
+def tfs_z(logits: Tensor, z: float) -> Tensor:
+    """Cut the tail where the curve of probabilities has flattened: z of its curvature lies before.
+
+    z ≥ 1 keeps all, and so do two candidates or fewer.  Shapes: (V,) → (V,).
+    Source: Phénix and Egan 2019, "Tail Free Sampling" (the second differences of sorted p).
+    """
+    if z >= 1:
+        return logits
+    ids, probs = candidates(logits)
+    if len(ids) <= 2:
+        return logits
+    curvature = probs.diff().diff().abs()  # (n − 2,)
+    flat = curvature.sum() <= FLAT
+    weights = (
+        torch.full_like(curvature, 1 / len(curvature)) if flat else curvature / curvature.sum()
+    )
+    crossed = weights.cumsum(0) > z
+    crossed[0] = False  # at least one candidate stays
+    kept = int(crossed.double().argmax()) if crossed.any() else len(ids)
+    return _keep(logits, ids[:kept])
 
 
 def temperature(logits: Tensor, t: float) -> Tensor:

@@ -77,8 +77,21 @@ def test_stages_run_in_the_documented_order_and_can_be_watched():
     seen = []
     sampler = Sampler(with_(top_k=2), on_stage=lambda name, logits: seen.append((name, logits)))
     token = sampler(torch.tensor([0.0, 2.0, 1.0]))
-    assert [name for name, _ in seen] == ["penalties", "top_k", "top_p", "temperature"]
+    names = ["penalties", "top_k", "tfs_z", "typical_p", "top_p", "min_p", "temperature"]
+    assert [name for name, _ in seen] == names
     assert seen[1][1].tolist() == [-math.inf, 2.0, 1.0] and token in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"temperature": 0}, ["penalties"]),
+        ({"temperature": -1, "mirostat": 2}, ["penalties"]),
+        ({"mirostat": 1}, ["penalties", "temperature", "mirostat"]),
+    ],
+)
+def test_the_other_chains(changes, names):
+    assert [name for name, _ in Sampler(with_(**changes)).stages()] == names
 
 
 @pytest.mark.parametrize(

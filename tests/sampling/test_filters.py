@@ -38,6 +38,35 @@ def test_top_p_table(p, expected):
 
 
 @pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0, {0, 1, 2, 3}),
+        (0.24, {0, 1, 2, 3}),
+        (0.26, {1, 2, 3}),
+        (0.49, {1, 2, 3}),
+        (0.51, {2, 3}),
+        (0.74, {2, 3}),
+        (0.76, {3}),
+        (1, {3}),
+    ],
+)
+def test_min_p_table(p, expected):
+    assert kept(filters.min_p(logits_of(TENTHS), p)) == expected
+
+
+@pytest.mark.parametrize(("z", "expected"), [(0.25, {4}), (0.75, {3, 4}), (0.99, {3, 4})])
+def test_tfs_z_table(z, expected):
+    assert kept(filters.tfs_z(logits_of([0.1, 0.15, 0.2, 0.25, 0.3]), z)) == expected
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"), [([0.97, 0.01, 0.01, 0.01], {0}), ([0.4, 0.2, 0.2, 0.2], {1, 2, 3})]
+)
+def test_typical_p_table(probs, expected):
+    assert kept(filters.typical_p(logits_of(probs), 0.5)) == expected
+
+
+@pytest.mark.parametrize(
     ("window", "repeat", "frequency", "presence", "expected"),
     [
         ([0], 50, 0, 0, [0.25, 0.25, 0.25, 0.25, 0]),
@@ -76,11 +105,69 @@ def test_top_p_is_the_shortest_prefix_that_reaches_p(values, p):
     assert kept(filters.top_p(torch.tensor(values), p)) == wanted
 
 
+def sorted_probs(values):
+    total = math.fsum(math.exp(x) for x in values)
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return order, [math.exp(values[i]) / total for i in order]
+
+
+@given(logit_lists, st.floats(0.001, 1))
+def test_min_p_by_enumeration(values, p):
+    order, probs = sorted_probs(values)
+    if any(abs(q / probs[0] / p - 1) < 1e-5 for q in probs):
+        return  # a tie that rounding decides
+    wanted = {i for i, q in zip(order, probs, strict=True) if q >= p * probs[0]}
+    assert kept(filters.min_p(torch.tensor(values), p)) == wanted
+
+
+@given(logit_lists, st.floats(0, 0.999))
+def test_typical_p_by_enumeration(values, p):
+    order, probs = sorted_probs(values)
+    expected = -math.fsum(q * math.log(q) for q in probs)
+    by_score = sorted(range(len(order)), key=lambda i: abs(-math.log(probs[i]) - expected))
+    scores = sorted(abs(-math.log(q) - expected) for q in probs)
+    wanted, mass = set(), 0.0
+    for i in by_score:
+        wanted.add(order[i])
+        mass += probs[i]
+        if abs(mass - p) < 1e-5:
+            return  # a tie that rounding decides
+        if mass > p:
+            break
+    if any(0 < b - a < 1e-5 or a == b for a, b in pairwise(scores)):
+        assert len(kept(filters.typical_p(torch.tensor(values), p))) >= 1
+    else:
+        assert kept(filters.typical_p(torch.tensor(values), p)) == wanted
+
+
+@given(logit_lists, st.floats(0, 0.999))
+def test_tfs_z_by_enumeration(values, z):
+    order, probs = sorted_probs(values)
+    n = len(order)
+    wanted = n
+    if n > 2:
+        first = [probs[i] - probs[i + 1] for i in range(n - 1)]
+        second = [abs(first[i] - first[i + 1]) for i in range(n - 2)]
+        total = math.fsum(second)
+        weights = [x / total if total > 1e-6 else 1 / (n - 2) for x in second]
+        sums = [math.fsum(weights[: i + 1]) for i in range(n - 2)]
+        if any(abs(s - z) < 1e-4 for s in sums) or abs(total - 1e-6) < 1e-7:
+            return  # a tie that rounding decides
+        wanted = next((i for i, s in enumerate(sums) if s > z and i >= 1), n)
+    assert len(kept(filters.tfs_z(torch.tensor(values), z))) == wanted
+
+
 @given(logit_lists)
 def test_filters_change_nothing_but_what_they_drop_and_never_their_input(values):
     logits = torch.tensor(values)
     before = logits.clone()
-    for out in (filters.top_k(logits, 3), filters.top_p(logits, 0.5)):
+    for out in (
+        filters.top_k(logits, 3),
+        filters.top_p(logits, 0.5),
+        filters.min_p(logits, 0.5),
+        filters.typical_p(logits, 0.5),
+        filters.tfs_z(logits, 0.5),
+    ):
         same = out == before
         assert (same | (out == -math.inf)).all()
     filters.penalize(logits, [0], 1.3, 0.5, 0.5)
