@@ -54,7 +54,7 @@ def shapes(keys: Mapping[str, Any], *, tied: bool = False) -> dict[str, tuple[in
     M, F = keys["llama.embedding_length"], keys["llama.feed_forward_length"]
     H, Hk = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"]
     D = keys.get("llama.attention.key_length", M // H)
-    block = {
+    block: dict[str, tuple[int, ...]] = {
         "attn_norm": (M,),
         "attn_q": (H * D, M),
         "attn_k": (Hk * D, M),
@@ -65,6 +65,10 @@ def shapes(keys: Mapping[str, Any], *, tied: bool = False) -> dict[str, tuple[in
         "ffn_up": (F, M),
         "ffn_down": (M, F),
     }
+    if E := keys.get("llama.expert_count"):
+        for name in ("ffn_gate", "ffn_up", "ffn_down"):
+            block[f"{name}_exps"] = (E, *block.pop(name))
+        block["ffn_gate_inp"] = (E, M)
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(TOKENS), M)}
     for layer in range(keys["llama.block_count"]):
         found |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}

@@ -10,11 +10,27 @@ from typing import Any
 from refollama.errors import FormatError, UnsupportedModel
 
 ARCHITECTURES = ("llama",)  # Mistral, CodeLlama, TinyLlama and Yi files say "llama" as well
-ROPE_SCALINGS = ("none", "linear")
+ROPE_SCALINGS = ("none", "linear", "yarn")
 
 # Sizes beyond these are damage, not models; checked before anything is allocated by them.
 LARGEST = 2**31 - 1
 MOST_LAYERS = 4096
+MOST_EXPERTS = 4096
+LEAST_BASE = 1.001  # of rotation: at 1 all pairs would turn alike
+LEAST_BETA = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """How positions become angles.  Source: the `rope.*` keys of GGUF."""
+
+    base: float = 10000.0
+    scale: float = 1.0  # positions are multiplied by it: 1/4 stretches the context fourfold
+    yarn: bool = False  # stretch slow pairs only; what follows is for YaRN
+    trained_on: int = 0  # tokens of context before the stretching
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0  # turns within `trained_on`: pairs that turn more are left alone
+    beta_slow: float = 1.0  # pairs that turn less are stretched in full
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +49,9 @@ class ModelConfig:
     d_ff: int
     n_ctx: int  # tokens that the model was trained to look back on
     norm_eps: float
-    rope_base: float = 10000.0
-    rope_scale: float = 1.0  # positions are multiplied by it: 1/4 stretches the context fourfold
+    rope: RopeConfig
+    n_experts: int = 0  # E; 0: no mixture
+    n_experts_used: int = 0  # of E, for each token
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -56,14 +73,22 @@ class ModelConfig:
             d_ff=keys.size("feed_forward_length"),
             n_ctx=keys.size("context_length"),
             norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-            rope_base=keys.number("rope.freq_base", default=10000.0),
-            rope_scale=_rope_scale(keys),
+            rope=_rope(keys),
+            n_experts=keys.size("expert_count", default=0, least=0, most=MOST_EXPERTS),
+            n_experts_used=keys.size("expert_used_count", default=0, least=0, most=MOST_EXPERTS),
         )
         config._check(keys)
         return config
 
     def _check(self, keys: Keys) -> None:
         """What must hold between the sizes."""
+        if not bool(self.n_experts) == bool(self.n_experts_used) or (
+            self.n_experts_used > self.n_experts
+        ):
+            raise FormatError(
+                f"llama.expert_used_count is {self.n_experts_used}, "
+                f"but llama.expert_count is {self.n_experts}"
+            )
         if self.n_heads % self.n_kv_heads:
             raise FormatError(
                 f"llama.attention.head_count is {self.n_heads}, which is no multiple of "
@@ -90,22 +115,29 @@ def _supported(metadata: Mapping[str, Any]) -> None:
         raise UnsupportedModel(
             f"general.architecture is {found}; supported are: {', '.join(ARCHITECTURES)}"
         )
-    if metadata.get("llama.expert_count", 0):
-        raise UnsupportedModel(
-            f"a mixture of {metadata['llama.expert_count']} experts; "
-            "expected a dense model (llama.expert_count absent or 0)"
-        )
 
 
-def _rope_scale(keys: Keys) -> float:
-    """1/factor for linear scaling.  Source: `rope.scaling.*`, or the older `rope.scale_linear`."""
+def _rope(keys: Keys) -> RopeConfig:
+    """Source: `rope.scaling.*`, the older `rope.scale_linear`, and overrides for YaRN."""
     kind = keys.metadata.get("llama.rope.scaling.type", "linear")
     if kind not in ROPE_SCALINGS:
         raise UnsupportedModel(
             f"llama.rope.scaling.type is {kind!r}; supported are: {', '.join(ROPE_SCALINGS)}"
         )
-    factor = keys.number("rope.scaling.factor", default=keys.number("rope.scale_linear", 0.0))
-    return 1.0 if kind == "none" or factor == 0 else 1.0 / factor
+    factor = keys.number(
+        "rope.scaling.factor", default=keys.number("rope.scale_linear", default=0.0)
+    )
+    return RopeConfig(
+        base=keys.number("rope.freq_base", default=10000.0, least=LEAST_BASE),
+        scale=1.0 if kind == "none" or factor == 0 else 1.0 / factor,
+        yarn=kind == "yarn",
+        trained_on=keys.size(
+            "rope.scaling.original_context_length", default=keys.size("context_length")
+        ),
+        attn_factor=keys.number("rope.scaling.attn_factor", default=1.0),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", default=32.0, least=LEAST_BETA),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", default=1.0, least=LEAST_BETA),
+    )
 
 
 @dataclass(frozen=True)
@@ -115,22 +147,26 @@ class Keys:
     metadata: Mapping[str, Any]
     prefix: str
 
-    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
-        """A count from 1 to `most`, stored as any kind of integer."""
+    def size(
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST
+    ) -> int:
+        """A count from `least` to `most`, stored as any kind of integer."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise FormatError(f"{self.prefix}{key} must be one integer, not {_shown(value)}")
-        if not 1 <= value <= most:
-            raise FormatError(f"{self.prefix}{key} is {value}; expected 1 to {most}")
+        if not least <= value <= most:
+            raise FormatError(f"{self.prefix}{key} is {value}; expected {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, zero or more."""
+    def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
+        """A finite number, `least` or more."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise FormatError(f"{self.prefix}{key} must be one number, not {_shown(value)}")
-        if not 0 <= float(value) < float("inf"):
-            raise FormatError(f"{self.prefix}{key} is {value}; expected a finite number, 0 or more")
+        if not least <= float(value) < float("inf"):
+            raise FormatError(
+                f"{self.prefix}{key} is {value}; expected a finite number, {least:g} or more"
+            )
         return float(value)
 
     def _get(self, key: str, default: Any) -> Any:

@@ -14,13 +14,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from refollama.models.config import RopeConfig
+
 Unpack = Callable[[Tensor], Tensor]  # (…, bytes of a row) uint8 → (…, values of a row) float32
 
 
 class Linear(nn.Module):
-    """y = W x, with W as packed rows.
+    """y = W x + b, with W as packed rows; most have no b.
 
     Shapes: (…, in) → (…, out). `weight` is (out, bytes of a row) uint8, `dense()` is (out, in).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, unpack: Unpack, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.unpack = unpack
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (out, in) float32: a new tensor each time, unless stored as F32."""
+        return self.unpack(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense(), self.bias)
+
+
+class Experts(nn.Module):
+    """E matrices of one shape, as one stacked tensor; only those that are asked for are unpacked.
+
+    Shapes: (n, in), expert → (n, out). `weight` is (E, out, bytes of a row) uint8.
     """
 
     weight: Tensor
@@ -30,12 +55,8 @@ class Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.unpack = unpack
 
-    def dense(self) -> Tensor:
-        """The matrix itself, (out, in) float32: a new tensor each time, unless stored as F32."""
-        return self.unpack(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dense())
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return functional.linear(x, self.unpack(self.weight[expert]))
 
 
 class Embedding(nn.Module):
@@ -72,17 +93,65 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def rope(positions: Tensor, width: int, base: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles: position · scale · base^(−2i/D).
+class Rope(nn.Module):
+    """Positions → the cosine and sine of each pair's angle: position · ω.
 
-    Shapes: (B, T) → two of (B, T, 1, D/2), ready to meet (B, T, H, D/2).
-    Source: Su et al. 2021, arXiv 2104.09864, equation 15; scale: linear position interpolation,
-    Chen et al. 2023, arXiv 2306.15595.
+    Shapes: (B, T) → two of (B, T, 1, D/2), ready to meet (B, T, H, D/2). `weight`, where the file
+    has it, is (D/2,): each frequency is divided by it (Llama 3.1 stretches its slow pairs so).
+    Source: Su et al. 2021, arXiv 2104.09864, equation 15.
     """
-    # In float64: at position 100,000 a float32 angle is wrong in its third decimal.
-    pairs = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    angles = positions[..., None, None] * scale * base ** (-pairs / width)
-    return angles.cos().float(), angles.sin().float()
+
+    weight: Tensor | None
+
+    def __init__(self, config: RopeConfig, width: int, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.register_buffer("weight", weight)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # In float64: at position 100,000 a float32 angle is wrong in its third decimal.
+        omega = frequencies(self.config, self.width).to(positions.device)
+        if self.weight is not None:
+            omega = omega / self.weight.double()
+        angles = positions[..., None, None] * omega
+        gain = yarn_gain(self.config)
+        return (angles.cos() * gain).float(), (angles.sin() * gain).float()
+
+
+def frequencies(config: RopeConfig, width: int) -> Tensor:
+    """ω of each pair of a head: scale · base^(−2i/D), or YaRN's blend.  → (D/2,) float64
+
+    Source: scale, Chen et al. 2023, arXiv 2306.15595; YaRN, Peng et al. 2023, arXiv 2309.00071,
+    section 3.2 ("NTK-by-parts").
+    """
+    pairs = torch.arange(0, width, 2, dtype=torch.float64)
+    omega = config.base ** (-pairs / width)
+    if not config.yarn:
+        return omega * config.scale
+    alone = 1 - _ramp(config, width)
+    return omega * (alone + config.scale * (1 - alone))
+
+
+def _ramp(config: RopeConfig, width: int) -> Tensor:
+    """0 for pairs that turn often within the trained context, 1 for slow ones.  → (D/2,)"""
+
+    def pair_that_turns(times: float) -> float:
+        turns = config.trained_on / (2 * math.pi * times)
+        return width * math.log(turns) / (2 * math.log(config.base))
+
+    low = max(0, math.floor(pair_that_turns(config.beta_fast)))
+    high = min(width - 1, math.ceil(pair_that_turns(config.beta_slow)))
+    pairs = torch.arange(width // 2, dtype=torch.float64)
+    return ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+
+
+def yarn_gain(config: RopeConfig) -> float:
+    """By how much YaRN enlarges queries and keys, so that attention stays as sharp.
+
+    Source: Peng et al. 2023, section 3.4: √(1/t) = 0.1 · ln(stretch) + 1.
+    """
+    return config.attn_factor * (1 - 0.1 * math.log(config.scale)) if config.yarn else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

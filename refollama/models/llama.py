@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from refollama.kvcache import KVCache, Rows
-from refollama.models.config import ModelConfig
-from refollama.models.layers import Embedding, Linear, RMSNorm, attend, rope, rotate, swiglu
+from refollama.models.config import ModelConfig, RopeConfig
+from refollama.models.layers import (
+    Embedding,
+    Experts,
+    Linear,
+    RMSNorm,
+    Rope,
+    attend,
+    rotate,
+    swiglu,
+)
 
 
 class Parts(Protocol):
@@ -27,6 +36,8 @@ class Parts(Protocol):
     def linear(self, name: str, n_out: int, n_in: int) -> Linear: ...
     def norm(self, name: str, width: int, eps: float) -> RMSNorm: ...
     def embedding(self, name: str, width: int) -> Embedding: ...
+    def experts(self, name: str, n_experts: int, n_out: int, n_in: int) -> Experts: ...
+    def rope(self, name: str, config: RopeConfig, width: int) -> Rope: ...
     def has(self, name: str) -> bool: ...
 
 
@@ -35,7 +46,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
         super().__init__()
-        M, F, eps = config.d_model, config.d_ff, config.norm_eps
+        M, eps = config.d_model, config.norm_eps
         H, Hk, D = config.n_heads, config.n_kv_heads, config.d_head
         self.layer, self.config = layer, config
         blk = f"blk.{layer}"
@@ -45,6 +56,11 @@ class Block(nn.Module):
         self.attn_v = parts.linear(f"{blk}.attn_v", Hk * D, M)
         self.attn_output = parts.linear(f"{blk}.attn_output", M, H * D)
         self.ffn_norm = parts.norm(f"{blk}.ffn_norm", M, eps)
+        self.add_feed_forward(parts, blk)
+
+    def add_feed_forward(self, parts: Parts, blk: str) -> None:
+        """The parts of the feed-forward network; a mixture of experts has others."""
+        M, F = self.config.d_model, self.config.d_ff
         self.ffn_gate = parts.linear(f"{blk}.ffn_gate", F, M)
         self.ffn_up = parts.linear(f"{blk}.ffn_up", F, M)
         self.ffn_down = parts.linear(f"{blk}.ffn_down", M, F)
@@ -73,22 +89,23 @@ class Block(nn.Module):
 class Step:
     """What all blocks share while some tokens pass through: where they stand, what they may see."""
 
-    def __init__(self, config: ModelConfig, positions: Tensor, cache: Rows) -> None:
+    def __init__(self, rope: Rope, positions: Tensor, cache: Rows) -> None:
         self.positions = positions  # (B, T)
         self.cache = cache
         keys = torch.arange(cache.length, device=positions.device)
         self.visible = keys <= positions[..., None]  # (B, T, S)
-        self.cos, self.sin = rope(positions, config.d_head, config.rope_base, config.rope_scale)
+        self.cos, self.sin = rope(positions)
 
 
 class Llama(nn.Module):
     """The model.  `forward`: tokens (B, T), positions (B, T) → logits (B, V) after the last."""
 
-    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, block: type[Block] = Block) -> None:
         super().__init__()
         self.config = config
         self.token_embd = parts.embedding("token_embd", config.d_model)
-        self.blk = nn.ModuleList(Block(config, parts, layer) for layer in range(config.n_layers))
+        self.rope_freqs = parts.rope("rope_freqs", config.rope, config.d_head)
+        self.blk = nn.ModuleList(block(config, parts, layer) for layer in range(config.n_layers))
         self.output_norm = parts.norm("output_norm", config.d_model, config.norm_eps)
         self.output = (
             parts.linear("output", self.n_vocab, config.d_model)
@@ -102,7 +119,7 @@ class Llama(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: Rows) -> Tensor:
         """What the model makes of every token, (B, T, d_model); `output` turns it into logits."""
-        step = Step(self.config, positions, cache)
+        step = Step(self.rope_freqs, positions, cache)
         x = self.token_embd(tokens)  # (B, T, d_model)
         for block in self.blk:
             x = block(x, step)

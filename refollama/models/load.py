@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from refollama.errors import FormatError, UnsupportedModel
-from refollama.models.config import ModelConfig
-from refollama.models.layers import Embedding, Linear, RMSNorm
-from refollama.models.llama import Llama
+from refollama.models.config import ModelConfig, RopeConfig
+from refollama.models.layers import Embedding, Experts, Linear, RMSNorm, Rope
+from refollama.models.llama import Block, Llama
+from refollama.models.mixtral import MixtralBlock
 from refollama.weights import open_weights
 from refollama.weights.gguf import GGUF, open_gguf
 from refollama.weights.quants import QuantTensor
@@ -30,7 +33,8 @@ def load_net(source: str | Path | GGUF) -> Llama:
     """
     file = source if isinstance(source, GGUF) else open_gguf(source)
     parts = FileParts(open_weights(file), file.path.name)
-    net = Llama(ModelConfig.from_metadata(file.metadata), parts)
+    config = ModelConfig.from_metadata(file.metadata)
+    net = Llama(config, parts, MixtralBlock if config.n_experts else Block)
     parts.check_all_used()
     return net.eval()
 
@@ -46,7 +50,8 @@ class FileParts:
     def linear(self, name: str, n_out: int, n_in: int) -> Linear:
         """A matrix of shape (n_out, n_in), packed."""
         tensor = self._take(f"{name}.weight", (n_out, n_in))
-        return Linear(tensor.data, tensor.layout.unpack_rows)
+        bias = self._take(f"{name}.bias", (n_out,)).unpack() if self._has_bias(name) else None
+        return Linear(tensor.data, tensor.layout.unpack_rows, bias)
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         """A norm with `width` weights."""
@@ -56,6 +61,21 @@ class FileParts:
         """Any number of rows: this tensor is what decides the size of the vocabulary."""
         tensor = self._take(f"{name}.weight", (None, width))
         return Embedding(tensor.data, tensor.layout.unpack_rows)
+
+    def rope(self, name: str, config: RopeConfig, width: int) -> Rope:
+        """Angles for heads of this width, with the file's own divisors if it has any."""
+        divisors = self._take(f"{name}.weight", (width // 2,)).unpack() if self.has(name) else None
+        return Rope(config, width, divisors)
+
+    def experts(self, name: str, n_experts: int, n_out: int, n_in: int) -> Experts:
+        """The experts' matrices: one stacked tensor, or one for each (files of 2023; copied)."""
+        if self.has(f"{name}_exps"):
+            stacked = self._take(f"{name}_exps.weight", (n_experts, n_out, n_in))
+            return Experts(stacked.data, stacked.layout.unpack_rows)
+        each = [self._take(f"{name}.{e}.weight", (n_out, n_in)) for e in range(n_experts)]
+        if len({tensor.type for tensor in each}) > 1:
+            raise UnsupportedModel(f"{self.source}: experts of {name} are packed differently")
+        return Experts(torch.stack([t.data for t in each]), each[0].layout.unpack_rows)
 
     def has(self, name: str) -> bool:
         """Is there such a tensor at all?"""
@@ -70,6 +90,9 @@ class FileParts:
                 f"{self.source}: tensors that a llama model of this shape does not have: "
                 f"{', '.join(left[:SHOWN])}{more}"
             )
+
+    def _has_bias(self, name: str) -> bool:
+        return f"{name}.bias" in self.weights
 
     def _take(self, name: str, shape: tuple[int | None, ...]) -> QuantTensor:
         if name not in self.weights:

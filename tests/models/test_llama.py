@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from refollama.models.layers import Linear
+from refollama.models.config import RopeConfig
+from refollama.models.layers import Experts, Linear, frequencies
 from refollama.models.load import load_net
+from refollama.weights.gguf import open_gguf, write_gguf
 from tests import oracle_llama
 from tests.tiny import TOKENS, write_model
 
@@ -19,6 +21,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide heads": {"attention.key_length": 32},
     "base": {"rope.freq_base": 1e6},
     "linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "yarn": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+    },
+    "divisors": {"extra": {"rope_freqs.weight": (8,)}},
+    "biases": {
+        "extra": {
+            "blk.0.attn_q.bias": (64,),
+            "blk.1.attn_v.bias": (32,),
+            "blk.1.attn_output.bias": (64,),
+            "blk.0.ffn_down.bias": (64,),
+        }
+    },
+    "experts": {"expert_count": 5, "expert_used_count": 2},
+    "packed experts": {"expert_count": 3, "expert_used_count": 1, "type": "Q8_0"},
+    "all experts": {"expert_count": 3, "expert_used_count": 3},
     "F16": {"type": "F16"},
     "BF16": {"type": "BF16"},
     "Q8_0": {"type": "Q8_0"},
@@ -104,8 +123,6 @@ def test_only_what_came_before_counts(tiny):
 
 
 def test_modules_carry_the_names_of_the_tensors(tiny):
-    from refollama.weights.gguf import open_gguf
-
     names = {name for name, _ in load_net(tiny).named_buffers()}
     assert names == set(open_gguf(tiny).tensors)
 
@@ -125,6 +142,48 @@ def test_a_hook_on_a_named_module_sees_and_changes(tiny):
     assert torch.equal(all_logits(net, tokens), plain)
 
 
+def test_only_the_chosen_experts_are_unpacked(tmp_path):
+    path = write_model(tmp_path / "m.gguf", expert_count=6, expert_used_count=1)
+    net, unpacked = load_net(path), []
+    experts = net.get_submodule("blk.0.ffn_up_exps")
+    assert isinstance(experts, Experts)
+    real = experts.unpack
+
+    def watched(weight):
+        unpacked.append(weight.shape)
+        return real(weight)
+
+    experts.unpack = watched
+    all_logits(net, some_tokens(1))
+    assert len(unpacked) == 1 and len(unpacked[0]) == 2
+
+
+def test_one_tensor_for_each_expert_is_the_same_model(tmp_path):
+    """The layout of 2023."""
+    stacked = write_model(tmp_path / "new.gguf", expert_count=3, expert_used_count=2)
+    old = tmp_path / "old.gguf"
+    file, tensors = open_gguf(stacked), {}
+    for name, info in file.tensors.items():
+        data = file.bytes_of(name)
+        if "_exps" not in name:
+            tensors[name] = (info.type, info.shape, data)
+            continue
+        for e, part in enumerate(data.reshape(3, -1)):
+            tensors[name.replace("_exps", f".{e}")] = (info.type, info.shape[1:], part)
+    write_gguf(old, {key: file.typed(key) for key in file.metadata}, tensors)
+    tokens = some_tokens(9)
+    assert torch.equal(all_logits(load_net(old), tokens), all_logits(load_net(stacked), tokens))
+
+
+def test_yarn_by_the_published_check_values():
+    """D = 128, trained on 4096, base 10,000: the blend runs from pair 20 to pair 46."""
+    config = RopeConfig(scale=0.25, yarn=True, trained_on=4096)
+    plain = frequencies(RopeConfig(), 128)
+    ratio = frequencies(config, 128) / plain
+    assert (ratio[:21] == 1).all() and torch.allclose(ratio[46:], torch.tensor(0.25).double())
+    assert (ratio[21:46].diff() < 0).all() and ratio[21] < 1
+
+
 def test_weights_stay_packed(tmp_path):
     net = load_net(write_model(tmp_path / "q.gguf", type="Q4_0"))
     q = net.get_submodule("blk.0.attn_q")
@@ -140,6 +199,9 @@ def test_weights_stay_packed(tmp_path):
         ("random/gqa", 1e-4),
         ("random/linear", 1e-4),
         ("random/tied-base1e6", 1e-3),
+        ("random/yarn", 1e-4),
+        ("random/freqs", 1e-4),
+        ("random/mixtral", 1e-4),
     ],
 )
 def test_logits_that_llama_cpp_recorded(oracles, name, limit):
