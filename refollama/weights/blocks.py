@@ -1,7 +1,8 @@
 """How many values stand in how many bytes: every block type that a GGUF file may name.
 
 A row of a tensor is a whole number of blocks, one after another; rows never share a block.
-The bytes inside a block are drawn in `quants.py`; here is only what finding a tensor needs.
+The bytes inside a block are drawn in `quants.py` and `codebooks.py`; here is only what finding a
+tensor needs.
 """
 
 from __future__ import annotations

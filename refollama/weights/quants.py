@@ -3,6 +3,8 @@
 A tensor stays packed: (rows, row_bytes) uint8, a view on the mapped file. `Layout.unpack_rows`
 turns packed rows into float32, on whatever device the bytes are; `pack` goes the other way.
 
+Formats that look values up in tables have a page of their own, `codebooks.py`.
+
 In the byte maps below, `byte 0..1  d` means that d stands in the bytes 0 and 1 of each block, i
 counts its values, and scalars of several bytes are little-endian, as is every machine that torch
 is released for. All arithmetic is float32 in the order written: scale · sub-scale first, then ·
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refollama.errors import UnsupportedModel
+from refollama.weights import codebooks
 from refollama.weights.blocks import BLOCKS, TYPE_ID, Block
+from refollama.weights.fields import half, nibbles, numbers, scaled, shifted
 from refollama.weights.gguf import GGUF, TensorInfo
 
 
@@ -63,29 +66,6 @@ class Layout:
         return blocks.view(data.shape)
 
 
-# ── scalars inside blocks ────────────────────────────────────────────────────────────────────────
-
-
-def _half(block: Tensor, start: int) -> Tensor:
-    """The float16 at byte `start` of each block, as float32.  (n, nbytes) → (n, 1)
-
-    Copied out first: two bytes of every block are no contiguous float16, nor need they be even.
-    """
-    two = block[:, start : start + 2].clone(memory_format=torch.contiguous_format)
-    return two.view(torch.float16).float()
-
-
-def _nibbles(q: Tensor) -> Tensor:
-    """Low halves, then high halves, along a new axis before the last.  (…, k) → (…, 2, k)"""
-    return torch.stack((q & 15, q >> 4), dim=-2)
-
-
-def _shifted(q: Tensor, step: int, mask: int) -> Tensor:
-    """The 8 / step fields of every byte, lowest first.  (…, k) → (…, 8 / step, k)"""
-    shifts = torch.arange(0, 8, step, dtype=torch.uint8, device=q.device)
-    return (q.unsqueeze(-2) >> shifts.unsqueeze(-1)) & mask
-
-
 # ── plain numbers ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -104,6 +84,31 @@ def bf16(block: Tensor) -> Tensor:
     return block.view(torch.bfloat16).float()
 
 
+def f64(block: Tensor) -> Tensor:
+    """byte 0..7  value, float64, rounded here                (n, 8) uint8 → (n, 1) float32."""
+    return block.view(torch.float64).float()
+
+
+def i8(block: Tensor) -> Tensor:
+    """byte 0     value, int8                       (n, 1) uint8 → (n, 1) float32."""
+    return block.view(torch.int8).float()
+
+
+def i16(block: Tensor) -> Tensor:
+    """byte 0..1  value, int16                      (n, 2) uint8 → (n, 1) float32."""
+    return block.view(torch.int16).float()
+
+
+def i32(block: Tensor) -> Tensor:
+    """byte 0..3  value, int32, rounded beyond 2 ** 24        (n, 4) uint8 → (n, 1) float32."""
+    return block.view(torch.int32).float()
+
+
+def i64(block: Tensor) -> Tensor:
+    """byte 0..7  value, int64, rounded beyond 2 ** 24        (n, 8) uint8 → (n, 1) float32."""
+    return block.view(torch.int64).float()
+
+
 # ── blocks of 32: one scale, perhaps one minimum ─────────────────────────────────────────────────
 
 
@@ -112,8 +117,8 @@ def q4_0(block: Tensor) -> Tensor:
     byte 2..17  q[32]  4 bits: low halves are q[0..15], high halves q[16..31]
     value[i] = d · (q[i] − 8)                       (n, 18) uint8 → (n, 32) float32.
     """
-    q = _nibbles(block[:, 2:]).flatten(1).float()
-    return q.sub_(8).mul_(_half(block, 0))
+    q = nibbles(block[:, 2:]).flatten(1).float()
+    return q.sub_(8).mul_(half(block, 0))
 
 
 def q4_1(block: Tensor) -> Tensor:
@@ -122,8 +127,8 @@ def q4_1(block: Tensor) -> Tensor:
     byte 4..19  q[32]  4 bits: low halves are q[0..15], high halves q[16..31]
     value[i] = d · q[i] + m                         (n, 20) uint8 → (n, 32) float32.
     """
-    q = _nibbles(block[:, 4:]).flatten(1).float()
-    return q.mul_(_half(block, 0)).add_(_half(block, 2))
+    q = nibbles(block[:, 4:]).flatten(1).float()
+    return q.mul_(half(block, 0)).add_(half(block, 2))
 
 
 def _fifth_bits(h: Tensor) -> Tensor:
@@ -138,8 +143,8 @@ def q5_0(block: Tensor) -> Tensor:
     byte 6..21  q[32]  bits 0..3: low halves are q[0..15], high halves q[16..31]
     value[i] = d · (q[i] − 16)                      (n, 22) uint8 → (n, 32) float32.
     """
-    q = _nibbles(block[:, 6:]).flatten(1) | _fifth_bits(block[:, 2:6])
-    return q.float().sub_(16).mul_(_half(block, 0))
+    q = nibbles(block[:, 6:]).flatten(1) | _fifth_bits(block[:, 2:6])
+    return q.float().sub_(16).mul_(half(block, 0))
 
 
 def q5_1(block: Tensor) -> Tensor:
@@ -149,8 +154,8 @@ def q5_1(block: Tensor) -> Tensor:
     byte 8..23  q[32]  bits 0..3: low halves are q[0..15], high halves q[16..31]
     value[i] = d · q[i] + m                         (n, 24) uint8 → (n, 32) float32.
     """
-    q = _nibbles(block[:, 8:]).flatten(1) | _fifth_bits(block[:, 4:8])
-    return q.float().mul_(_half(block, 0)).add_(_half(block, 2))
+    q = nibbles(block[:, 8:]).flatten(1) | _fifth_bits(block[:, 4:8])
+    return q.float().mul_(half(block, 0)).add_(half(block, 2))
 
 
 def q8_0(block: Tensor) -> Tensor:
@@ -158,7 +163,58 @@ def q8_0(block: Tensor) -> Tensor:
     byte 2..33  q[32]  int8
     value[i] = d · q[i]                             (n, 34) uint8 → (n, 32) float32.
     """
-    return block[:, 2:].view(torch.int8).float().mul_(_half(block, 0))
+    return block[:, 2:].view(torch.int8).float().mul_(half(block, 0))
+
+
+def q8_1(block: Tensor) -> Tensor:
+    """byte 0..1   d      float16, step size
+    byte 2..3          float16, d · sum of q: for products, no value needs it
+    byte 4..35  q[32]  int8
+    value[i] = d · q[i]                             (n, 36) uint8 → (n, 32) float32.
+    """
+    return block[:, 4:].view(torch.int8).float().mul_(half(block, 0))
+
+
+# ── one or two bits: signs, and the three values −d, 0, d ────────────────────────────────────────
+
+
+def q1_0(block: Tensor) -> Tensor:
+    """byte 0..1   d       float16
+    byte 2..17  q[128]  1 bit, lowest first
+    value[i] = d if q[i] else −d                    (n, 18) uint8 → (n, 128) float32.
+    """
+    bits = torch.arange(8, dtype=torch.uint8, device=block.device)
+    q = (block[:, 2:].unsqueeze(-1) >> bits) & 1  # (n, 16, 8)
+    return q.flatten(1).float().mul_(2).sub_(1).mul_(half(block, 0))
+
+
+def tq1_0(block: Tensor) -> Tensor:
+    """byte 0..47   5 ternary digits each: 5 runs of 32 values from 32 bytes, 5 of 16 from 16
+    byte 48..51  4 ternary digits each: 4 runs of 4 values
+    byte 52..53  d  float16
+    value[i] = d · (digit − 1)                      (n, 54) uint8 → (n, 256) float32.
+    """
+    parts = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+    q = torch.cat([_digits(block[:, start:stop], count) for start, stop, count in parts], dim=1)
+    return q.float().sub_(1).mul_(half(block, 52))
+
+
+def _digits(b: Tensor, count: int) -> Tensor:
+    """The first ternary digits after the point of b / 256.  (n, k) uint8 → (n, count · k) int16
+
+    Digit i is the whole part of 3 · fraction(b · 3 ** i / 256); a byte keeps just the fraction.
+    """
+    powers = torch.tensor([3**i for i in range(count)], dtype=torch.uint8, device=b.device)
+    return ((b.unsqueeze(1) * powers.unsqueeze(-1)).short() * 3 >> 8).flatten(1)
+
+
+def tq2_0(block: Tensor) -> Tensor:
+    """byte 0..63   q  2 bits: two groups of 32 bytes, in each 4 runs of 32 values, lowest first
+    byte 64..65  d  float16
+    value[i] = d · (q[i] − 1)                       (n, 66) uint8 → (n, 256) float32.
+    """
+    q = shifted(block[:, :64].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
+    return q.flatten(1).float().sub_(1).mul_(half(block, 64))
 
 
 # ── blocks of 256: sub-blocks of 16 or 32 with small scales of their own ─────────────────────────
@@ -172,9 +228,9 @@ def q2_k(block: Tensor) -> Tensor:
     value[16·j + k] = d · scale[j] · q − m · minimum[j]       (n, 84) uint8 → (n, 256) float32.
     """
     scale, minimum = block[:, :16] & 15, block[:, :16] >> 4  # (n, 16)
-    q = _shifted(block[:, 16:80].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
-    step, low = _half(block, 80) * scale, _half(block, 82) * minimum
-    return _scaled(q.view(-1, 16, 16), step, low)
+    q = shifted(block[:, 16:80].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
+    step, low = half(block, 80) * scale, half(block, 82) * minimum
+    return scaled(q.view(-1, 16, 16), step, low)
 
 
 def q3_k(block: Tensor) -> Tensor:
@@ -184,10 +240,10 @@ def q3_k(block: Tensor) -> Tensor:
     byte 108..109  d   float16, step size of the scales
     value[16·j + k] = d · (s[j] − 32) · (q − 4)     (n, 110) uint8 → (n, 256) float32.
     """
-    high = _shifted(block[:, :32], 1, 1)  # (n, 8, 32)
-    q = _shifted(block[:, 32:96].view(-1, 2, 32), 2, 3).view(-1, 8, 32) | high << 2
-    step = _half(block, 108) * _six_bits(block[:, 96:108]).float().sub_(32)
-    return _scaled(q.view(-1, 16, 16).view(torch.int8) - 4, step)
+    high = shifted(block[:, :32], 1, 1)  # (n, 8, 32)
+    q = shifted(block[:, 32:96].view(-1, 2, 32), 2, 3).view(-1, 8, 32) | high << 2
+    step = half(block, 108) * _six_bits(block[:, 96:108]).float().sub_(32)
+    return scaled(q.view(-1, 16, 16).view(torch.int8) - 4, step)
 
 
 def _six_bits(s: Tensor) -> Tensor:
@@ -195,7 +251,7 @@ def _six_bits(s: Tensor) -> Tensor:
     byte 8..11  bits 4, 5: byte k holds those of s[k], s[4 + k], s[8 + k], s[12 + k], lowest first
     (n, 12) uint8 → (n, 16)
     """
-    low, high = _nibbles(s[:, :8]), _shifted(s[:, 8:], 2, 3)  # (n, 2, 8), (n, 4, 4)
+    low, high = nibbles(s[:, :8]), shifted(s[:, 8:], 2, 3)  # (n, 2, 8), (n, 4, 4)
     return low.flatten(1) | high.flatten(1) << 4
 
 
@@ -207,8 +263,8 @@ def q4_k(block: Tensor) -> Tensor:
     value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 144) uint8 → (n, 256) float32.
     """
     scale, minimum = _scales_and_minima(block[:, 4:16])
-    q = _nibbles(block[:, 16:].view(-1, 4, 32))  # (n, 4, 2, 32)
-    return _scaled(q.view(-1, 8, 32), _half(block, 0) * scale, _half(block, 2) * minimum)
+    q = nibbles(block[:, 16:].view(-1, 4, 32))  # (n, 4, 2, 32)
+    return scaled(q.view(-1, 8, 32), half(block, 0) * scale, half(block, 2) * minimum)
 
 
 def q5_k(block: Tensor) -> Tensor:
@@ -220,9 +276,9 @@ def q5_k(block: Tensor) -> Tensor:
     value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 176) uint8 → (n, 256) float32.
     """
     scale, minimum = _scales_and_minima(block[:, 4:16])
-    high = _shifted(block[:, 16:48], 1, 1)  # (n, 8, 32)
-    q = _nibbles(block[:, 48:].view(-1, 4, 32)).view(-1, 8, 32) | high << 4
-    return _scaled(q, _half(block, 0) * scale, _half(block, 2) * minimum)
+    high = shifted(block[:, 16:48], 1, 1)  # (n, 8, 32)
+    q = nibbles(block[:, 48:].view(-1, 4, 32)).view(-1, 8, 32) | high << 4
+    return scaled(q, half(block, 0) * scale, half(block, 2) * minimum)
 
 
 def _scales_and_minima(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,22 +300,20 @@ def q6_k(block: Tensor) -> Tensor:
     byte 208..209  d       float16, step size of the scales
     value[16·j + k] = d · s[j] · (q − 32)           (n, 210) uint8 → (n, 256) float32.
     """
-    high = _shifted(block[:, 128:192].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
-    low = _nibbles(block[:, :128].view(-1, 2, 64))  # (n, 2, 2, 64)
+    high = shifted(block[:, 128:192].view(-1, 2, 32), 2, 3)  # (n, 2, 4, 32)
+    low = nibbles(block[:, :128].view(-1, 2, 64))  # (n, 2, 2, 64)
     q = low.view(-1, 16, 16) | (high << 4).view(-1, 16, 16)
-    step = _half(block, 208) * block[:, 192:208].view(torch.int8)
-    return _scaled(q.view(torch.int8) - 32, step)
+    step = half(block, 208) * block[:, 192:208].view(torch.int8)
+    return scaled(q.view(torch.int8) - 32, step)
 
 
-def _scaled(q: Tensor, step: Tensor, low: Tensor | None = None) -> Tensor:
-    """q · step − low, for every sub-block.  (n, j, k), (n, j), (n, j) → (n, j·k) float32
-
-    Two roundings, never one: a fused multiply-add would differ from ggml in the last bit.
+def q8_k(block: Tensor) -> Tensor:
+    """byte 0..3      d       float32, step size
+    byte 4..259    q[256]  int8
+    byte 260..291          16 × int16, sums of 16 q each: for products, no value needs them
+    value[i] = d · q[i]                             (n, 292) uint8 → (n, 256) float32.
     """
-    values = q.float().mul_(step.unsqueeze(-1))
-    if low is not None:
-        values.sub_(low.unsqueeze(-1))
-    return values.flatten(1)
+    return block[:, 4:260].view(torch.int8).float().mul_(numbers(block, 0, 4, torch.float32))
 
 
 # ── packing ──────────────────────────────────────────────────────────────────────────────────────
@@ -271,7 +325,7 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _joined(q: Tensor) -> Tensor:
-    """Values of 4 bits in pairs: the inverse of `_nibbles`.  (n, 32) uint8 → (n, 16)"""
+    """Values of 4 bits in pairs: the inverse of `nibbles`.  (n, 32) uint8 → (n, 16)"""
     return q[:, :16] & 15 | q[:, 16:] << 4
 
 
@@ -337,25 +391,52 @@ def pack(values: Tensor, type: str) -> Tensor:
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────
 
-_HALF = (0, 2)
-_TWO_HALVES = ((0, 2), (2, 2))
+
+def _words(start: int, count: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Some numbers of several bytes in a row."""
+    return tuple((start + i * width, width) for i in range(count))
+
+
+_HALF = _words(0, 1, 2)
+_TWO_HALVES = _words(0, 2, 2)
 
 LAYOUTS: Mapping[int, Layout] = {
     TYPE_ID[name]: Layout(BLOCKS[TYPE_ID[name]], unpack, words, pack_blocks)
     for name, unpack, words, pack_blocks in (
-        ("F32", f32, ((0, 4),), _bytes),
-        ("F16", f16, (_HALF,), lambda values: _bytes(values.half())),
-        ("BF16", bf16, (_HALF,), lambda values: _bytes(values.bfloat16())),
-        ("Q4_0", q4_0, (_HALF,), pack_q4_0),
+        ("F32", f32, _words(0, 1, 4), _bytes),
+        ("F16", f16, _HALF, lambda values: _bytes(values.half())),
+        ("BF16", bf16, _HALF, lambda values: _bytes(values.bfloat16())),
+        ("F64", f64, _words(0, 1, 8), None),
+        ("I8", i8, (), None),
+        ("I16", i16, _words(0, 1, 2), None),
+        ("I32", i32, _words(0, 1, 4), None),
+        ("I64", i64, _words(0, 1, 8), None),
+        ("Q4_0", q4_0, _HALF, pack_q4_0),
         ("Q4_1", q4_1, _TWO_HALVES, pack_q4_1),
-        ("Q5_0", q5_0, ((0, 2), (2, 4)), pack_q5_0),
-        ("Q5_1", q5_1, ((0, 2), (2, 2), (4, 4)), pack_q5_1),
-        ("Q8_0", q8_0, (_HALF,), pack_q8_0),
-        ("Q2_K", q2_k, ((80, 2), (82, 2)), None),
-        ("Q3_K", q3_k, ((108, 2),), None),
+        ("Q5_0", q5_0, (*_HALF, (2, 4)), pack_q5_0),
+        ("Q5_1", q5_1, (*_TWO_HALVES, (4, 4)), pack_q5_1),
+        ("Q8_0", q8_0, _HALF, pack_q8_0),
+        ("Q8_1", q8_1, _TWO_HALVES, None),
+        ("Q1_0", q1_0, _HALF, None),
+        ("TQ1_0", tq1_0, _words(52, 1, 2), None),
+        ("TQ2_0", tq2_0, _words(64, 1, 2), None),
+        ("Q2_K", q2_k, _words(80, 2, 2), None),
+        ("Q3_K", q3_k, _words(108, 1, 2), None),
         ("Q4_K", q4_k, _TWO_HALVES, None),
         ("Q5_K", q5_k, _TWO_HALVES, None),
-        ("Q6_K", q6_k, ((208, 2),), None),
+        ("Q6_K", q6_k, _words(208, 1, 2), None),
+        ("Q8_K", q8_k, (*_words(0, 1, 4), *_words(260, 16, 2)), None),
+        ("IQ4_NL", codebooks.iq4_nl, _HALF, None),
+        ("IQ4_XS", codebooks.iq4_xs, _words(0, 2, 2), None),
+        ("MXFP4", codebooks.mxfp4, (), None),
+        ("NVFP4", codebooks.nvfp4, (), None),
+        ("IQ2_XXS", codebooks.iq2_xxs, (*_HALF, *_words(2, 16, 4)), None),
+        ("IQ2_XS", codebooks.iq2_xs, _words(0, 33, 2), None),
+        ("IQ2_S", codebooks.iq2_s, _HALF, None),
+        ("IQ3_XXS", codebooks.iq3_xxs, (*_HALF, *_words(66, 8, 4)), None),
+        ("IQ3_S", codebooks.iq3_s, _HALF, None),
+        ("IQ1_S", codebooks.iq1_s, (*_HALF, *_words(34, 8, 2)), None),
+        ("IQ1_M", codebooks.iq1_m, _words(48, 4, 2), None),
     )
 }
 
@@ -374,21 +455,11 @@ class QuantTensor:
 
     @property
     def layout(self) -> Layout:
-        """How to unpack it.  Raises: UnsupportedModel for a type that is not in LAYOUTS."""
-        number = TYPE_ID[self.type]
-        if number not in LAYOUTS:
-            known = ", ".join(layout.name for layout in LAYOUTS.values())
-            raise UnsupportedModel(
-                f"tensor '{self.name}' is packed as {self.type}, which cannot be unpacked; "
-                f"known are: {known}"
-            )
-        return LAYOUTS[number]
+        """How to unpack it."""
+        return LAYOUTS[TYPE_ID[self.type]]
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, of `shape`.  F32 in float32 is a view of `data`; writing to it changes it.
-
-        Raises: UnsupportedModel, as `layout` does.
-        """
+        """The values, of `shape`.  F32 in float32 is a view of `data`; writing to it changes it."""
         return self.layout.unpack_rows(self.data).view(self.shape).to(dtype)
 
 
@@ -413,7 +484,7 @@ class Weights(Mapping[str, QuantTensor]):
         rows, block = info.shape[:-1], BLOCKS[info.type]
         data = torch.from_numpy(self.gguf.bytes_of(info.name))
         data = data.view(*rows, info.nbytes // math.prod(rows))
-        if self.gguf.byteorder == ">" and info.type in LAYOUTS:
+        if self.gguf.byteorder == ">":
             return LAYOUTS[info.type].swapped(data)
         # Plain numbers are computed with where they lie, and not every processor can do that at
         # an address that is no multiple of their width. A file may have an alignment of 1.
