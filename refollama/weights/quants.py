@@ -3,7 +3,7 @@
 A tensor stays packed: (rows, row_bytes) uint8, a view on the mapped file. `Layout.unpack_rows`
 turns packed rows into float32, on whatever device the bytes are; `pack` goes the other way.
 
-Formats that look values up in tables have a page of their own, `codebooks.py`.
+Formats that look values up in tables have a page of their own, `codebooks.py`; so has packing.
 
 In the byte maps below, `byte 0..1  d` means that d stands in the bytes 0 and 1 of each block, i
 counts its values, and scalars of several bytes are little-endian, as is every machine that torch
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refollama.weights import codebooks
+from refollama.weights import codebooks, packing
 from refollama.weights.blocks import BLOCKS, TYPE_ID, Block
 from refollama.weights.fields import half, nibbles, numbers, scaled, shifted
 from refollama.weights.gguf import GGUF, TensorInfo
@@ -316,79 +316,6 @@ def q8_k(block: Tensor) -> Tensor:
     return block[:, 4:260].view(torch.int8).float().mul_(numbers(block, 0, 4, torch.float32))
 
 
-# ── packing ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _bytes(values: Tensor) -> Tensor:
-    """Numbers as their bytes.  (n, k) → (n, k · width) uint8"""
-    return values.contiguous().view(torch.uint8)
-
-
-def _joined(q: Tensor) -> Tensor:
-    """Values of 4 bits in pairs: the inverse of `nibbles`.  (n, 32) uint8 → (n, 16)"""
-    return q[:, :16] & 15 | q[:, 16:] << 4
-
-
-def _inverse(d: Tensor) -> Tensor:
-    """1 / d, and 0 where d is 0: a block of zeros stays one."""
-    return torch.where(d == 0, d, 1 / d)
-
-
-def pack_q4_0(values: Tensor) -> Tensor:
-    """The value farthest from zero becomes −8 · d exactly.  (n, 32) float32 → (n, 18) uint8"""
-    farthest = values.gather(1, values.abs().argmax(1, keepdim=True))
-    d = farthest / -8
-    q = (values * _inverse(d) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
-    return torch.cat((_bytes(d.half()), _joined(q)), dim=1)
-
-
-def pack_q4_1(values: Tensor) -> Tensor:
-    """15 steps from the least value to the greatest.  (n, 32) float32 → (n, 20) uint8"""
-    d, m, q = _ranged(values, 15)
-    return torch.cat((_bytes(d), _bytes(m), _joined(q)), dim=1)
-
-
-def pack_q5_0(values: Tensor) -> Tensor:
-    """The value farthest from zero becomes −16 · d exactly.  (n, 32) float32 → (n, 22) uint8"""
-    farthest = values.gather(1, values.abs().argmax(1, keepdim=True))
-    d = farthest / -16
-    q = (values * _inverse(d) + 16.5).trunc().clamp(0, 31).to(torch.uint8)
-    return torch.cat((_bytes(d.half()), _packed_fifths(q), _joined(q)), dim=1)
-
-
-def pack_q5_1(values: Tensor) -> Tensor:
-    """31 steps from the least value to the greatest.  (n, 32) float32 → (n, 24) uint8"""
-    d, m, q = _ranged(values, 31)
-    return torch.cat((_bytes(d), _bytes(m), _packed_fifths(q), _joined(q)), dim=1)
-
-
-def _ranged(values: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Step size and least value as float16 (n, 1), quants uint8 (n, 32)."""
-    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    d = (high - low) / steps
-    q = ((values - low) * _inverse(d) + 0.5).trunc().clamp(0, steps).to(torch.uint8)
-    return d.half(), low.half(), q
-
-
-def _packed_fifths(q: Tensor) -> Tensor:
-    """Bit 4 of 32 values: the inverse of `_fifth_bits`.  (n, 32) uint8 → (n, 4)"""
-    bits = torch.arange(8, dtype=torch.uint8, device=q.device)
-    return ((q >> 4).view(-1, 4, 8) << bits).sum(-1, dtype=torch.uint8)
-
-
-def pack_q8_0(values: Tensor) -> Tensor:
-    """The value farthest from zero becomes ±127.  (n, 32) float32 → (n, 34) uint8"""
-    d = values.abs().amax(1, keepdim=True) / 127
-    q = values * _inverse(d)
-    q = (q.abs() + 0.5).floor().copysign(q)  # halves away from zero, as C rounds; torch: to even
-    return torch.cat((_bytes(d.half()), _bytes(q.to(torch.int8))), dim=1)
-
-
-def pack(values: Tensor, type: str) -> Tensor:
-    """Values → packed rows of a type such as "Q8_0".  (…, cols) → (…, row_bytes) uint8"""
-    return LAYOUTS[TYPE_ID[type]].pack_rows(values)
-
-
 # ── the table ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -403,28 +330,28 @@ _TWO_HALVES = _words(0, 2, 2)
 LAYOUTS: Mapping[int, Layout] = {
     TYPE_ID[name]: Layout(BLOCKS[TYPE_ID[name]], unpack, words, pack_blocks)
     for name, unpack, words, pack_blocks in (
-        ("F32", f32, _words(0, 1, 4), _bytes),
-        ("F16", f16, _HALF, lambda values: _bytes(values.half())),
-        ("BF16", bf16, _HALF, lambda values: _bytes(values.bfloat16())),
+        ("F32", f32, _words(0, 1, 4), packing.f32),
+        ("F16", f16, _HALF, packing.f16),
+        ("BF16", bf16, _HALF, packing.bf16),
         ("F64", f64, _words(0, 1, 8), None),
         ("I8", i8, (), None),
         ("I16", i16, _words(0, 1, 2), None),
         ("I32", i32, _words(0, 1, 4), None),
         ("I64", i64, _words(0, 1, 8), None),
-        ("Q4_0", q4_0, _HALF, pack_q4_0),
-        ("Q4_1", q4_1, _TWO_HALVES, pack_q4_1),
-        ("Q5_0", q5_0, (*_HALF, (2, 4)), pack_q5_0),
-        ("Q5_1", q5_1, (*_TWO_HALVES, (4, 4)), pack_q5_1),
-        ("Q8_0", q8_0, _HALF, pack_q8_0),
+        ("Q4_0", q4_0, _HALF, packing.q4_0),
+        ("Q4_1", q4_1, _TWO_HALVES, packing.q4_1),
+        ("Q5_0", q5_0, (*_HALF, (2, 4)), packing.q5_0),
+        ("Q5_1", q5_1, (*_TWO_HALVES, (4, 4)), packing.q5_1),
+        ("Q8_0", q8_0, _HALF, packing.q8_0),
         ("Q8_1", q8_1, _TWO_HALVES, None),
         ("Q1_0", q1_0, _HALF, None),
         ("TQ1_0", tq1_0, _words(52, 1, 2), None),
         ("TQ2_0", tq2_0, _words(64, 1, 2), None),
-        ("Q2_K", q2_k, _words(80, 2, 2), None),
-        ("Q3_K", q3_k, _words(108, 1, 2), None),
-        ("Q4_K", q4_k, _TWO_HALVES, None),
-        ("Q5_K", q5_k, _TWO_HALVES, None),
-        ("Q6_K", q6_k, _words(208, 1, 2), None),
+        ("Q2_K", q2_k, _words(80, 2, 2), packing.q2_k),
+        ("Q3_K", q3_k, _words(108, 1, 2), packing.q3_k),
+        ("Q4_K", q4_k, _TWO_HALVES, packing.q4_k),
+        ("Q5_K", q5_k, _TWO_HALVES, packing.q5_k),
+        ("Q6_K", q6_k, _words(208, 1, 2), packing.q6_k),
         ("Q8_K", q8_k, (*_words(0, 1, 4), *_words(260, 16, 2)), None),
         ("IQ4_NL", codebooks.iq4_nl, _HALF, None),
         ("IQ4_XS", codebooks.iq4_xs, _words(0, 2, 2), None),
@@ -439,6 +366,11 @@ LAYOUTS: Mapping[int, Layout] = {
         ("IQ1_M", codebooks.iq1_m, _words(48, 4, 2), None),
     )
 }
+
+
+def pack(values: Tensor, type: str) -> Tensor:
+    """Values → packed rows of a type such as "Q8_0".  (…, cols) → (…, row_bytes) uint8"""
+    return LAYOUTS[TYPE_ID[type]].pack_rows(values)
 
 
 # ── tensors ──────────────────────────────────────────────────────────────────────────────────────
