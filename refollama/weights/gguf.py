@@ -25,6 +25,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -510,7 +511,20 @@ def _placed(
             problem = f"its data would end at byte {end}, but the file has {cursor.size}"
             raise cursor.fault(field, problem, at)
         tensors[name] = info
+    _check_apart(cursor, tensors, {row.name: row.at for row in table})
     return MappingProxyType(tensors)
+
+
+def _check_apart(cursor: _Cursor, tensors: Mapping[str, TensorInfo], at: Mapping[str, int]) -> None:
+    """No two tensors share a byte: else a small file could ask for any amount of memory."""
+    for one, next in pairwise(
+        sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes))
+    ):
+        if one.offset + one.nbytes > next.offset:
+            field = f"tensor {_shown(next.name)}, offset"
+            raise cursor.fault(
+                field, f"its data overlaps that of {_shown(one.name)}", at[next.name]
+            )
 
 
 def _shown(name: str) -> str:

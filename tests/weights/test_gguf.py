@@ -288,6 +288,11 @@ TENSOR = 24 + 8 + 1  # the number of dims of the first tensor, whose name is "t"
 # what is wrong: the file, the field that the message names, the byte that it names
 BAD = {
     "nothing at all": (b"", "magic", 0),
+    "two tensors in one place": (
+        file((), (tensor("t"), tensor("u")), bytes(64)),
+        "tensor 'u', offset",
+        24 + len(tensor("t")) + 8 + 1 + 4 + 8 + 4,
+    ),
     "half a magic": (b"GG", "magic", 0),
     "another magic": (file(magic=b"GGML"), "magic", 0),
     "no version": (b"GGUF\x03\x00", "version", 4),
