@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -17,7 +18,8 @@ LARGEST = 2**31 - 1
 MOST_LAYERS = 4096
 MOST_EXPERTS = 4096
 LEAST_BASE = 1.001  # of rotation: at 1 all pairs would turn alike
-LEAST_BETA = 0.001
+LARGEST_FACTOR = 1000.0  # of stretching; files have 2 to 64
+LEAST_BETA, MOST_BETA = 0.001, 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,8 @@ class ModelConfig:
 
 def _supported(metadata: Mapping[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        found = "missing" if architecture is None else repr(architecture)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        found = "missing" if architecture is None else _shown(architecture)
         raise UnsupportedModel(
             f"general.architecture is {found}; supported are: {', '.join(ARCHITECTURES)}"
         )
@@ -120,13 +122,15 @@ def _supported(metadata: Mapping[str, Any]) -> None:
 def _rope(keys: Keys) -> RopeConfig:
     """Source: `rope.scaling.*`, the older `rope.scale_linear`, and overrides for YaRN."""
     kind = keys.metadata.get("llama.rope.scaling.type", "linear")
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise UnsupportedModel(
-            f"llama.rope.scaling.type is {kind!r}; supported are: {', '.join(ROPE_SCALINGS)}"
+            f"llama.rope.scaling.type is {_shown(kind)}; supported are: {', '.join(ROPE_SCALINGS)}"
         )
     factor = keys.number(
         "rope.scaling.factor", default=keys.number("rope.scale_linear", default=0.0)
     )
+    if factor and not 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR:
+        raise FormatError(f"llama.rope.scaling.factor is {factor}; expected 1/1000 to 1000")
     return RopeConfig(
         base=keys.number("rope.freq_base", default=10000.0, least=LEAST_BASE),
         scale=1.0 if kind == "none" or factor == 0 else 1.0 / factor,
@@ -134,9 +138,13 @@ def _rope(keys: Keys) -> RopeConfig:
         trained_on=keys.size(
             "rope.scaling.original_context_length", default=keys.size("context_length")
         ),
-        attn_factor=keys.number("rope.scaling.attn_factor", default=1.0),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", default=32.0, least=LEAST_BETA),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", default=1.0, least=LEAST_BETA),
+        attn_factor=keys.number("rope.scaling.attn_factor", default=1.0, most=LARGEST_FACTOR),
+        beta_fast=keys.number(
+            "rope.scaling.yarn_beta_fast", default=32.0, least=LEAST_BETA, most=MOST_BETA
+        ),
+        beta_slow=keys.number(
+            "rope.scaling.yarn_beta_slow", default=1.0, least=LEAST_BETA, most=MOST_BETA
+        ),
     )
 
 
@@ -158,14 +166,21 @@ class Keys:
             raise FormatError(f"{self.prefix}{key} is {value}; expected {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
-        """A finite number, `least` or more."""
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        *,
+        least: float = 0.0,
+        most: float = sys.float_info.max,
+    ) -> float:
+        """A finite number from `least` to `most`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise FormatError(f"{self.prefix}{key} must be one number, not {_shown(value)}")
-        if not least <= float(value) < float("inf"):
+        if not least <= float(value) <= most:
             raise FormatError(
-                f"{self.prefix}{key} is {value}; expected a finite number, {least:g} or more"
+                f"{self.prefix}{key} is {value}; expected a finite number, {least:g} to {most:g}"
             )
         return float(value)
 

@@ -40,7 +40,10 @@ from tests.tiny import metadata, write_model
             FormatError,
             ["expert_used_count is 3", "expert_count is 2"],
         ),
-        ({"rope.freq_base": 0.5}, FormatError, ["freq_base is 0.5", "1.001 or more"]),
+        ({"rope.scaling.factor": 1e-30}, FormatError, ["factor is", "1/1000 to 1000"]),
+        ({"keys": {"llama.rope.scaling.type": [1, 2]}}, UnsupportedModel, ["scaling.type is"]),
+        ({"claims": {"general.architecture": [1, 2]}}, UnsupportedModel, ["architecture is"]),
+        ({"rope.freq_base": 0.5}, FormatError, ["freq_base is 0.5", "1.001 to"]),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 0.0},
             FormatError,
