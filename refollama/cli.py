@@ -11,6 +11,7 @@ Exit status: 0 done, 1 an error that is told in one sentence, 2 a wrong command 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -132,6 +133,18 @@ def serve(host: str, until_stdin_closes: bool) -> None:
     from refollama.server import serve as serve_forever
 
     serve_forever(address, port)
+    _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """End this process without waiting for threads that are still in the middle of a step.
+
+    One that comes out of torch into an interpreter that has ended would abort the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @cli.command(

@@ -336,11 +336,11 @@ class LoadedModels:
         with entry.loading:  # the second request for a model waits for the first to load it
             entry.evict()
             if entry.failure is not None:
-                raise entry.failure
+                raise _again(entry.failure)
             if entry.model is None:
                 try:
                     entry.model = load_file(path, slots=self.slots)
-                except RefollamaError as failure:
+                except Exception as failure:
                     entry.failure = failure
                     raise
                 finally:
@@ -371,16 +371,16 @@ class _Entry:
     def __init__(self, evicted: _Entry | None) -> None:
         self.evicted = evicted  # whose place this was; closed before the new model is loaded
         self.model: LoadedModel | None = None
-        self.failure: RefollamaError | None = None
+        self.failure: Exception | None = None
         self.users = 0
         self.last_used = 0.0
         self.loading = threading.Lock()
 
     def evict(self) -> None:
         """Let go of the one before. It may have to wait for a step of its model."""
-        if self.evicted is not None:
-            self.evicted.close()
-            self.evicted = None
+        evicted, self.evicted = self.evicted, None
+        if evicted is not None:
+            evicted.close()
 
     def close(self) -> None:
         """Unload the model, if there is one."""
@@ -389,9 +389,21 @@ class _Entry:
             self.model.close()
 
 
+def _again(failure: Exception) -> RefollamaError:
+    """The same failure for another thread, as an error of its own."""
+    told = isinstance(failure, RefollamaError)
+    again = RefollamaError(str(failure) if told else f"loading failed: {type(failure).__name__}")
+    again.status = failure.status if isinstance(failure, RefollamaError) else again.status
+    again.__cause__ = failure
+    return again
+
+
 def _identity(path: Path) -> object:
     """A file that was replaced is another file, though its name is the same."""
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        raise NotFound(f"{path.name}: there is no such file") from None
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 

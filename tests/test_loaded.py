@@ -260,6 +260,44 @@ def test_a_model_that_fails_to_load_leaves_no_trace(shelf, tiny, tmp_path):
         assert model.generate("the", options=GREEDY).text
 
 
+def test_many_who_wait_for_a_load_that_fails_each_get_an_error_of_their_own(
+    shelf, tiny, monkeypatch
+):
+    loads, entered, release = [], threading.Event(), threading.Event()
+
+    def fails(path, **how):
+        loads.append(path)
+        entered.set()
+        release.wait(5)
+        raise MemoryError
+
+    monkeypatch.setattr("refollama.loaded.load_file", fails)
+    errors = []
+
+    def ask():
+        try:
+            with shelf.lease(tiny):
+                pass
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(5)
+    time.sleep(0.2)
+    release.set()
+    for thread in threads:
+        thread.join(5)
+    assert len(loads) == 1 and len(set(map(id, errors))) == 4
+    assert shelf._entries == {}
+
+
+def test_a_file_that_has_gone_is_said(shelf, tmp_path):
+    with pytest.raises(NotFound, match=r"gone\.gguf"), shelf.lease(tmp_path / "gone.gguf"):
+        pass
+
+
 def test_the_longest_idle_goes_and_its_engine_with_it(tmp_path):
     paths = [write_model(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
     shelf = LoadedModels(limit=2)

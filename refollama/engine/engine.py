@@ -84,7 +84,7 @@ class Engine:
             return Stream(self, seq, gone)
         with self._changed:
             if self._closed:
-                raise Stopping("the model has been unloaded")
+                raise _unloaded()
             self._scheduler.add(seq)
             self._changed.notify()
         return Stream(self, seq, gone)
@@ -130,13 +130,18 @@ class Engine:
                     return None
                 for seq in self._scheduler.admit():
                     self._welcome(seq)
+                self._dismiss()
                 if step := self._scheduler.next_step():
                     return step
                 self._changed.wait()
 
     def _welcome(self, seq: Sequence) -> None:
         assert seq.slot is not None
-        self._cache.clear(seq.slot)
+        try:
+            self._cache.clear(seq.slot)
+        except Exception as error:
+            log.exception("a slot of the cache could not be cleared")
+            seq.fail(_because(error))
         seq.started = time.perf_counter_ns()
 
     def _dismiss(self) -> None:
@@ -146,7 +151,7 @@ class Engine:
                 seq.cancelled = True
         for seq in self._scheduler.remove_done():
             if not seq.ended:
-                seq.finish(Stopping("the model has been unloaded") if self._closed else None)
+                seq.finish(None if seq.done_reason or not self._closed else _unloaded())
 
     @torch.no_grad()
     def _forward(self, step: list[Sequence]) -> None:
@@ -172,6 +177,10 @@ class Engine:
             seq.take(seq.sampler(logits), self.eos)
         except Exception as error:
             seq.fail(error)
+
+
+def _unloaded() -> Stopping:
+    return Stopping("the model has been unloaded")
 
 
 def _because(error: Exception) -> RefollamaError:

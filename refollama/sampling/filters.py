@@ -31,7 +31,8 @@ def penalize(
     ids, counts = torch.tensor(list(counted)), torch.tensor(list(counted.values()))
     seen = logits[ids]
     seen = torch.where(seen > 0, seen / repeat, seen * repeat)
-    return logits.index_copy(0, ids, seen - presence - frequency * counts)
+    most = torch.finfo(logits.dtype).max  # a penalty makes no infinity: that means "dropped"
+    return logits.index_copy(0, ids, (seen - presence - frequency * counts).clamp(-most, most))
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

@@ -78,7 +78,9 @@ def is_loopback(host: str) -> bool:
 
 def _stop(service: Service, number: int, frame: object) -> NoReturn:
     """Running answers end with an error line, which frees the threads that the server waits for."""
-    threading.Thread(target=service.close, name="stopping").start()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # we are leaving already
+    threading.Thread(target=service.close, name="stopping", daemon=True).start()
     sys.exit(0)
 
 

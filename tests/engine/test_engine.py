@@ -207,6 +207,39 @@ def raise_from(stream):
             raise RuntimeError("the sampler failed") from item.error
 
 
+def test_a_cache_that_cannot_be_cleared_fails_its_sequence_and_not_the_engine(engine, monkeypatch):
+    net = FakeNet()
+    one = engine(net)
+
+    def broken(slot):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(net.cache, "clear", broken)
+    with pytest.raises(RefollamaError, match="RuntimeError"):
+        list(one.stream([1], GREEDY))
+    monkeypatch.undo()
+    assert list(one.stream([1], GREEDY)) == expected([1], 20)
+
+
+def test_an_answer_that_is_whole_when_the_engine_closes_ends_well(engine):
+    """The last token is drawn in the very step during which `close` comes."""
+    inside, release = threading.Event(), threading.Event()
+
+    def wait(tokens):
+        inside.set()
+        release.wait(5)
+
+    one = engine(FakeNet(before_step=wait))
+    stream = one.stream([1], GREEDY.updated({"num_predict": 1}))
+    assert inside.wait(5)
+    closing = threading.Thread(target=one.close)
+    closing.start()
+    time.sleep(0.05)
+    release.set()
+    closing.join()
+    assert list(stream) == expected([1], 1) and stream.sequence.done_reason == "length"
+
+
 def test_an_error_belongs_to_each_sequence_alone(engine):
     def fail(tokens):
         if tokens.shape[0] == 2:

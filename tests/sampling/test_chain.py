@@ -118,6 +118,12 @@ def test_the_smallest_and_the_largest_temperatures_draw_what_may_be_drawn(t):
     assert tokens == ({1} if t < 1 else {0, 1, 2, 3})
 
 
+@pytest.mark.parametrize(("x", "penalty"), [(-3.4e38, 1.1), (3.4e38, 0.001), (-3.4e38, 1000.0)])
+def test_the_largest_logits_stay_finite_under_penalties(x, penalty):
+    sampler = Sampler(with_(repeat_penalty=penalty), [0, 1])
+    assert sampler(torch.tensor([x, x])) in (0, 1)
+
+
 def test_logits_that_are_no_numbers_are_an_error_and_not_a_token():
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(RefollamaError, match="not a number"):

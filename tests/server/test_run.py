@@ -139,6 +139,8 @@ def test_it_stops_cleanly_and_at_once_when_told_to(number, tmp_path):
             next(lines)
             process.send_signal(number)
             start = time.monotonic()
+            time.sleep(0.1)
+            process.send_signal(number)  # the impatient ask twice
             *_, last = lines
         assert "unloaded" in json.loads(last)["error"]
         assert process.wait(10) == 0 and time.monotonic() - start < 4
