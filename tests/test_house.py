@@ -104,6 +104,7 @@ def test_only_load_knows_both_weights_and_modules():
         ("waitress", {"server"}),
         ("httpx", {"client"}),
         ("sentencepiece", {"text"}),
+        ("tokenizers", {"text"}),
         ("click", {"cli"}),
     ],
 )

@@ -11,7 +11,6 @@ because the space in front and U+2581 for a space are matters of this file.
 from __future__ import annotations
 
 import logging
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,8 @@ import sentencepiece
 
 from refollama.errors import FormatError, UnsupportedModel
 from refollama.text.tokenizer import (
+    SURROGATES,
+    UNBOUNDED,
     Defaults,
     SpecialTokens,
     TokenType,
@@ -28,14 +29,13 @@ from refollama.text.tokenizer import (
     decode_stream,
     decode_whole,
     flag,
+    utf8,
 )
 
 log = logging.getLogger(__name__)
 
 SPACE = "\u2581"  # how a vocabulary writes a space; in a user's text it is one, too
 DEFAULTS = Defaults(bos_id=1, eos_id=2, unknown_id=0, add_bos=True, add_eos=False)
-UNBOUNDED = 2**31  # characters; more than any text has
-_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs: no UTF-8 can hold them
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -91,7 +91,7 @@ class SpmTokenizer:
     def encode(
         self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
     ) -> list[int]:
-        text = _SURROGATES.sub("\ufffd", text)
+        text = SURROGATES.sub("\ufffd", text)
         ids: list[int] = []
         for part in self._specials.split(text, special):
             if isinstance(part, int):
@@ -125,23 +125,14 @@ def _printed(vocabulary: Vocabulary) -> list[bytes]:
     pieces = []
     for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind == TokenType.NORMAL:
-            pieces.append(_utf8(id, token.replace(SPACE, " ")))
+            pieces.append(utf8(id, token.replace(SPACE, " ")))
         elif kind == TokenType.USER_DEFINED:
-            pieces.append(_utf8(id, token))
+            pieces.append(utf8(id, token))
         elif kind == TokenType.BYTE:
             pieces.append(_byte(id, token))
         else:
             pieces.append(b"")
     return pieces
-
-
-def _utf8(id: int, token: str) -> bytes:
-    try:
-        return token.encode(errors="surrogateescape")  # bytes that are no UTF-8 stay as they are
-    except UnicodeEncodeError:
-        raise FormatError(
-            f"tokenizer.ggml.tokens: entry {id} is no valid text: {token!r}"
-        ) from None
 
 
 def _byte(id: int, token: str) -> bytes:
@@ -188,14 +179,14 @@ def _longest(vocabulary: Vocabulary) -> int:
     return max(map(len, vocabulary.tokens)) if spelled >= set(_BYTES) else UNBOUNDED
 
 
-def _byte_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The tokens that spell what no other token can: all 256 of them, or none."""
+def _byte_ids(vocabulary: Vocabulary) -> dict[str, int | None]:
+    """The tokens that spell what no other token can. The library wants all 256 of them, or none."""
     rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
     ids = {text: id for id, (text, kind) in enumerate(rows) if kind == TokenType.BYTE}
-    if len(ids) == len(_BYTES):
-        return ids
-    log.warning("the vocabulary has %d of 256 byte tokens: some text becomes unknown", len(ids))
-    return {}
+    if len(ids) < len(_BYTES):
+        found = f"{len(ids)} of {len(_BYTES)}"
+        log.warning("the vocabulary has %s byte tokens: some text becomes unknown", found)
+    return {name: ids.get(name, vocabulary.unknown_id) for name in _BYTES} if ids else {}
 
 
 def _mergeable(vocabulary: Vocabulary) -> dict[str, int]:
@@ -208,7 +199,7 @@ def _mergeable(vocabulary: Vocabulary) -> dict[str, int]:
     kinds = (TokenType.NORMAL, TokenType.UNUSED)
     rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
     ids = {text: id for id, (text, kind) in enumerate(rows) if kind in kinds}
-    return {t: id for t, id in ids.items() if t not in reserved and not _SURROGATES.search(t)}
+    return {t: id for t, id in ids.items() if t not in reserved and not SURROGATES.search(t)}
 
 
 def _model_proto(rows: Iterable[_Row], byte_fallback: bool) -> bytes:

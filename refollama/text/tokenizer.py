@@ -1,6 +1,6 @@
 """What is a tokenizer to the rest of the house, and what do all of them share?
 
-    text ── SpecialTokens.split ──► fragments ── encode (spm.py) ──► ids
+    text ── SpecialTokens.split ──► fragments ── encode (spm.py, bpe.py) ──► ids
     ids ── piece ──► bytes ── StreamDecoder ──► text, never half a character
 
 `Tokenizer` is the protocol; `Vocabulary` reads the part of the metadata that every kind has.
@@ -27,6 +27,9 @@ END_MARKERS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<EOT>")
 )
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs: no UTF-8 can hold them
+UNBOUNDED = 2**31  # characters; more than any text has
 
 
 class Tokenizer(Protocol):
@@ -231,17 +234,21 @@ class Vocabulary:
         bos = token_id(metadata, "bos", size, default.bos_id)
         eos = token_id(metadata, "eos", size, default.eos_id)
         unknown = token_id(metadata, "unknown", size, default.unknown_id)
-        named = (token_id(metadata, name, size) for name in END_KEYS)
-        ends = frozenset(id for id in (eos, *named) if id is not None)
+        ends = {token_id(metadata, name, size) for name in END_KEYS}
         ends |= {id for id, token in enumerate(tokens) if token in END_MARKERS}
-        types = column(metadata, "token_type", size) or _guessed_types(tokens, bos, unknown)
+        # Llama.cpp's defaults may hit a comma: that one ends an answer, but stays a comma.
+        sure = ends | {id for id in (bos, eos) if id is not None and _is_mark(tokens[id])}
+        sure.add(token_id(metadata, "bos", size))
+        guessed = _guessed_types(tokens, bos if bos in sure else None, unknown)
+        types = column(metadata, "token_type", size) or guessed
+        control = sure & (ends | {eos})
         return cls(
             tokens=tokens,
-            types=tuple(TokenType.CONTROL if id in ends else t for id, t in enumerate(types)),
+            types=tuple(TokenType.CONTROL if id in control else t for id, t in enumerate(types)),
             bos_id=bos,
             eos_id=eos,
             unknown_id=unknown,
-            eos_ids=ends,
+            eos_ids=frozenset(id for id in (eos, *ends) if id is not None),
             add_bos=flag(metadata, "add_bos_token", default.add_bos),
             add_eos=flag(metadata, "add_eos_token", default.add_eos),
         )
@@ -296,14 +303,32 @@ def column(metadata: Mapping[str, Any], name: str, size: int) -> list[Any] | Non
     return values
 
 
-def _tokens(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    key = "tokenizer.ggml.tokens"
-    tokens = _as_list(key, metadata.get(key, []))
-    if not tokens:
-        raise FormatError(f"{key} is missing or empty: a model needs a vocabulary")
-    wrong = next((id for id, token in enumerate(tokens) if not isinstance(token, str)), None)
+def texts(metadata: Mapping[str, Any], name: str) -> list[str]:
+    """The list `tokenizer.ggml.NAME`, all of it text. Raises: FormatError, also if it is absent."""
+    key = f"tokenizer.ggml.{name}"
+    if metadata.get(key) is None:
+        raise FormatError(f"{key} is missing or empty: a model needs its vocabulary")
+    values = _as_list(key, metadata[key])
+    wrong = next((at for at, value in enumerate(values) if not isinstance(value, str)), None)
     if wrong is not None:
-        raise FormatError(f"{key}: entry {wrong} is no text, but {tokens[wrong]!r}")
+        raise FormatError(f"{key}: entry {wrong} is no text, but {values[wrong]!r}")
+    return values
+
+
+def utf8(id: int, token: str) -> bytes:
+    """A token as it is spelled. A reader of GGUF keeps bytes that are no UTF-8 as surrogates."""
+    try:
+        return token.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise FormatError(
+            f"tokenizer.ggml.tokens: entry {id} is no valid text: {token!r}"
+        ) from None
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    tokens = texts(metadata, "tokens")
+    if not tokens:
+        raise FormatError("tokenizer.ggml.tokens is missing or empty: a model needs its vocabulary")
     return tuple(tokens)
 
 
@@ -318,6 +343,11 @@ def _guessed_types(tokens: Sequence[str], bos: int | None, unknown: int | None) 
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
     return list(types)
+
+
+def _is_mark(token: str) -> bool:
+    """Does it look like <s> or <|endoftext|>, which nobody writes by chance?"""
+    return re.fullmatch("<.+>", token) is not None
 
 
 def _as_list(key: str, values: Any) -> list[Any]:

@@ -21,8 +21,9 @@ from tests.text.vocabularies import (
     ORACLES,
     columns,
     extended,
-    llama2_metadata,
     needs_oracles,
+    oracle_metadata,
+    recorded,
     trained,
 )
 
@@ -38,7 +39,7 @@ def ours() -> SpmTokenizer:
 
 @cache
 def llama2() -> SpmTokenizer:
-    return SpmTokenizer.from_metadata(llama2_metadata())
+    return SpmTokenizer.from_metadata(oracle_metadata("llama-spm"))
 
 
 # ------------------------------------------------------------------------------- the same ids
@@ -100,12 +101,10 @@ def test_any_scores_merge_by_score_and_then_from_the_left(words, data):
 
 @needs_oracles
 def test_recorded_ids_of_llama_2():
-    separator = "\n__ggml_vocab_test__\n"
-    texts = (ORACLES / "vocab/llama-spm.gguf.inp").read_bytes().decode().split(separator)[:-1]
-    lines = (ORACLES / "vocab/llama-spm.gguf.out").read_text().split("\n")[:-1]
-    assert len(texts) == len(lines) == 46
-    for text, line in zip(texts, lines, strict=True):
-        assert llama2().encode(text) == [int(id) for id in line.split()], repr(text)
+    texts = recorded("llama-spm")
+    assert len(texts) == 46
+    for text, ids in texts:
+        assert llama2().encode(text) == ids, repr(text)
         assert llama2().decode(llama2().encode(text)) == text
 
 
@@ -319,14 +318,58 @@ def test_a_vocabulary_that_is_not_sound_is_a_format_error(key, value, problem):
         SpmTokenizer.from_metadata(metadata)
 
 
-@pytest.mark.parametrize("found", ["gpt2", None, 3, "Llama"])
+@pytest.mark.parametrize("found", ["bert", None, 3, "Llama"])
 def test_another_kind_of_tokenizer_is_unsupported(found):
     metadata = columns(trained()) | {"tokenizer.ggml.model": found}
-    with pytest.raises(UnsupportedModel, match="supported: 'llama'"):
+    with pytest.raises(UnsupportedModel, match="supported: 'llama', 'gpt2'"):
         tokenizer_from(metadata)
     with pytest.raises(UnsupportedModel, match="not 'llama'"):
         SpmTokenizer.from_metadata(metadata)
     assert isinstance(tokenizer_from(columns(trained())), SpmTokenizer)
+
+
+def test_several_unknown_tokens_duplicates_empty_ones_and_late_additions_change_no_other_id():
+    """The library refuses each of these; llama.cpp runs them all."""
+    odd = ("<unk2>", 2), ("<unk>", 2), ("", 1), ("", 1), ("", 3), ("▁hello", 1), ("▁hello", 1)
+    late = ("<|late|>", 4), ("<|later|>", 3), ("<0x41>", 1)
+    metadata = extended(*odd, *late)
+    tokenizer, size = SpmTokenizer.from_metadata(metadata), ours().vocab_size
+    for text in ("once upon a time", "世 \0é", "<0x41>"):
+        assert tokenizer.encode(text) == ours().encode(text)
+    assert tokenizer.encode("a<|late|>", special=True)[-1] == size + len(odd)
+    assert tokenizer.encode("<unk2><|later|>", special=True) == [size, size + len(odd) + 1]
+    assert [tokenizer.piece(id) for id in (size, size + 2, size + 4)] == [b"", b"", b""]
+    assert tokenizer.decode([size + 6]) == "hello"
+
+
+@settings(deadline=None)
+@given(TEXT, st.lists(st.integers(259, 379), max_size=40))
+def test_duplicates_are_merged_as_the_slow_merge_does(text, copied):
+    metadata = columns(trained())
+    tokens, scores = (metadata["tokenizer.ggml." + key] for key in ("tokens", "scores"))
+    more = extended(*((tokens[id], 1) for id in copied))
+    more["tokenizer.ggml.scores"][len(tokens) :] = [scores[id] for id in copied]
+    assert SpmTokenizer.from_metadata(more).encode(text) == encoded_slowly(text, more)
+
+
+def test_bytes_without_a_token_are_unknown_and_the_others_are_spelled(caplog):
+    metadata = columns(trained())
+    metadata["tokenizer.ggml.tokens"][3 + 0xA6] = "<no byte>"
+    metadata["tokenizer.ggml.token_type"][3 + 0xA6] = 1
+    with caplog.at_level(logging.WARNING):
+        tokenizer = SpmTokenizer.from_metadata(metadata)
+    spelled = [3 + byte for byte in "🦙".encode()]  # F0 9F A6 99
+    assert tokenizer.encode("🦙", continues=True) == [*spelled[:2], 0, spelled[3]]
+    assert "255 of 256 byte tokens" in caplog.text
+
+
+@settings(deadline=None)
+@given(TEXT)
+def test_without_scores_pairs_are_merged_from_the_left(text):
+    metadata = columns(trained()) | {"tokenizer.ggml.scores": [0.0] * 380}
+    expected = encoded_slowly(text, metadata)
+    del metadata["tokenizer.ggml.scores"]
+    assert SpmTokenizer.from_metadata(metadata).encode(text) == expected
 
 
 ODD_TOKENS = st.lists(

@@ -69,9 +69,17 @@ def extended(*tokens: tuple[str, int]) -> dict[str, Any]:
 
 
 @cache
-def llama2_metadata() -> dict[str, Any]:
-    """The vocabulary of Llama 2, as another program's reader finds it in a GGUF file."""
+def oracle_metadata(name: str) -> dict[str, Any]:
+    """The vocabulary of a real model, as another program's reader finds it in a GGUF file."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(ORACLES / "vocab" / "llama-spm.gguf")
+    reader = GGUFReader(ORACLES / "vocab" / f"{name}.gguf")
     return {key: field.contents() for key, field in reader.fields.items()}
+
+
+def recorded(name: str) -> list[tuple[str, list[int]]]:
+    """llama.cpp's test texts and the ids that it recorded for a vocabulary."""
+    separator = "\n__ggml_vocab_test__\n"
+    texts = (ORACLES / f"vocab/{name}.gguf.inp").read_bytes().decode().split(separator)[:-1]
+    lines = (ORACLES / f"vocab/{name}.gguf.out").read_text().split("\n")[:-1]
+    return [(t, [int(id) for id in line.split()]) for t, line in zip(texts, lines, strict=True)]
