@@ -162,7 +162,7 @@ _FAMILIES: dict[str, Cut] = {
     "viking": Cut((_BLOOM, r"\p{N}")),
 }
 
-# By `tokenizer.ggml.pre`.  Source: spec of llama.cpp, section 4.5, and the models' own files.
+# By `tokenizer.ggml.pre`.  Source: llama.cpp (February 2025) and the models' own files.
 PATTERNS = {name: cut for names, cut in _FAMILIES.items() for name in names.split()}
 
 
@@ -183,7 +183,7 @@ class BpeTokenizer:
 
     Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD), if
     the vocabulary has a token for each byte.
-    Source: spec of llama.cpp, sections 4.1 and 4.3 to 4.7.
+    Source: the behaviour of llama.cpp (February 2025).
     """
 
     def __init__(

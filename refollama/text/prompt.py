@@ -20,7 +20,7 @@ def render_generate(
 
     first: is it the first turn?  response: what the model has said already, put behind the
     template as it is, even if the template shows `.Response` itself.
-    Raises: TemplateError.  Source: Ollama, December 2023 (spec, sections 3.2 and 3.3).
+    Raises: TemplateError.  Source: Ollama, December 2023.
     """
     if isinstance(template, str):
         template = _parsed(template or DEFAULT_TEMPLATE)

@@ -44,7 +44,7 @@ class SpmTokenizer:
 
     Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD),
     U+2581 (it becomes a space), and specials in its middle (a space follows them).
-    Source: spec of llama.cpp, sections 4.1 to 4.7.
+    Source: the behaviour of llama.cpp (February 2025); GGUF, `tokenizer.ggml.*`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ class StopStrings:
     """Text goes in, text that is safe to show comes out, `hit` says when it is over.
 
     Empty stop strings are ignored. Time is linear in the text, whatever the stop strings are.
-    Source: Aho and Corasick 1975, "Efficient string matching"; spec of Ollama 2023, section 3.6.
+    Source: Aho and Corasick 1975, "Efficient string matching".
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
