@@ -50,6 +50,7 @@ class Sampler:
         looked_back = options.repeat_last_n if options.repeat_last_n >= 0 else n_ctx
         self.window = deque(prompt, maxlen=looked_back)
         self.mirostat = Mirostat(options.mirostat, options.mirostat_tau, options.mirostat_eta)
+        self._stages = self.stages()
         self.rng = torch.Generator()
         self.rng.manual_seed(options.seed if options.seed >= 0 else random.getrandbits(63))
 
@@ -58,7 +59,7 @@ class Sampler:
         logits = logits.to("cpu", torch.float32)
         if not logits.isfinite().all():
             raise RefollamaError("the model's output is not a number: the weights may be damaged")
-        for name, stage in self.stages():
+        for name, stage in self._stages:
             logits = stage(logits)
             if self.on_stage is not None:
                 self.on_stage(name, logits)
