@@ -10,7 +10,7 @@ the pair of lowest rank first. The `tokenizers` library does the work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,10 @@ from refollama.text.tokenizer import (
     SURROGATES,
     UNBOUNDED,
     Defaults,
+    FragmentTokenizer,
     SpecialTokens,
     TokenType,
     Vocabulary,
-    decode_stream,
-    decode_whole,
     texts,
     utf8,
 )
@@ -178,7 +177,7 @@ def cut_of(metadata: Mapping[str, Any]) -> Cut:
 # -------------------------------------------------------------------------------- words → ids
 
 
-class BpeTokenizer:
+class BpeTokenizer(FragmentTokenizer):
     """A byte-level BPE tokenizer.
 
     Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD), if
@@ -214,43 +213,16 @@ class BpeTokenizer:
         return cls(vocabulary, texts(metadata, "merges"), cut)
 
     @property
-    def bos_id(self) -> int | None:
-        return self.vocabulary.bos_id
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.vocabulary.eos_ids
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocabulary.tokens)
-
-    @property
     def newline_id(self) -> int | None:
-        ids = self._encode_fragment("\n")
+        ids = self._encode_fragment("\n", prefix=False)
         return ids[0] if len(ids) == 1 else None
-
-    def encode(
-        self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
-    ) -> list[int]:
-        text = SURROGATES.sub("\ufffd", text)
-        ids: list[int] = []
-        for part in self._specials.split(text, special):
-            ids += [part] if isinstance(part, int) else self._encode_fragment(part)
-        return self.vocabulary.around(ids) if bos else ids
 
     def piece(self, id: int, *, first: bool = False) -> bytes:
         self.vocabulary.check(id)
         return self._pieces[id]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_whole(self, ids)
-
-    def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
-        return decode_stream(self, ids, after)
-
-    def _encode_fragment(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+    def _encode_fragment(self, text: str, prefix: bool) -> list[int]:
+        """Ids of a text without special tokens; nothing is ever put in front of it."""
         # The batch call is the one that keeps no offsets, which takes half the time.
         (found,) = self._model.encode_batch_fast([text], add_special_tokens=False)
         return [id for symbol in found.ids for id in self._ids[symbol]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sentencepiece
@@ -22,12 +22,11 @@ from refollama.text.tokenizer import (
     SURROGATES,
     UNBOUNDED,
     Defaults,
+    FragmentTokenizer,
     SpecialTokens,
     TokenType,
     Vocabulary,
     column,
-    decode_stream,
-    decode_whole,
     flag,
     utf8,
 )
@@ -39,7 +38,7 @@ DEFAULTS = Defaults(bos_id=1, eos_id=2, unknown_id=0, add_bos=True, add_eos=Fals
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
-class SpmTokenizer:
+class SpmTokenizer(FragmentTokenizer):
     """A SentencePiece BPE tokenizer with byte fallback.
 
     Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD),
@@ -73,44 +72,14 @@ class SpmTokenizer:
         return cls(vocabulary, scores, flag(metadata, "add_space_prefix", True))
 
     @property
-    def bos_id(self) -> int | None:
-        return self.vocabulary.bos_id
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.vocabulary.eos_ids
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.vocabulary.tokens)
-
-    @property
     def newline_id(self) -> int | None:
         return self._pieces.index(b"\n") if b"\n" in self._pieces else None
-
-    def encode(
-        self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
-    ) -> list[int]:
-        text = SURROGATES.sub("\ufffd", text)
-        ids: list[int] = []
-        for part in self._specials.split(text, special):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encode_fragment(part, prefix=bool(ids) or not continues)
-        return self.vocabulary.around(ids) if bos else ids
 
     def piece(self, id: int, *, first: bool = False) -> bytes:
         self.vocabulary.check(id)
         piece = self._pieces[id]
         ours = first and self.space_prefix and self.vocabulary.types[id] == TokenType.NORMAL
         return piece.removeprefix(b" ") if ours else piece
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_whole(self, ids)
-
-    def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
-        return decode_stream(self, ids, after)
 
     def _encode_fragment(self, text: str, prefix: bool) -> list[int]:
         """Ids of a text without special tokens: the first one, or one after a special token."""

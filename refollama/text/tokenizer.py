@@ -3,7 +3,7 @@
     text ── SpecialTokens.split ──► fragments ── encode (spm.py, bpe.py) ──► ids
     ids ── piece ──► bytes ── StreamDecoder ──► text, never half a character
 
-`Tokenizer` is the protocol; `Vocabulary` reads the part of the metadata that every kind has.
+`Tokenizer` is the protocol; `FragmentTokenizer` is what its kinds share; `Vocabulary` reads the part of the metadata that every kind has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import codecs
 import logging
 import operator
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -263,6 +264,61 @@ class Vocabulary:
         """Raises: BadRequest if there is no such token; a context sent by a client may lie."""
         if not 0 <= id < len(self.tokens):
             raise BadRequest(f"token id {id} is not in the vocabulary of {len(self.tokens)} tokens")
+
+
+class FragmentTokenizer(ABC):
+    """What all tokenizers over a GGUF vocabulary share.
+
+    Special tokens are found first; what lies between them is encoded by the rules of the kind.
+    """
+
+    vocabulary: Vocabulary
+    longest: int
+    _specials: SpecialTokens
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.vocabulary.bos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.vocabulary.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary.tokens)
+
+    @property
+    @abstractmethod
+    def newline_id(self) -> int | None: ...
+
+    def encode(
+        self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
+    ) -> list[int]:
+        text = SURROGATES.sub("\ufffd", text)
+        ids: list[int] = []
+        for part in self._specials.split(text, special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_fragment(part, prefix=bool(ids) or not continues)
+        return self.vocabulary.around(ids) if bos else ids
+
+    @abstractmethod
+    def piece(self, id: int, *, first: bool = False) -> bytes: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return decode_whole(self, ids)
+
+    def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
+        return decode_stream(self, ids, after)
+
+    @abstractmethod
+    def _encode_fragment(self, text: str, prefix: bool) -> list[int]:
+        """Ids of a text without special tokens.
+
+        prefix: it is the first fragment, or follows a special token; a kind may put a space there.
+        """
 
 
 def token_id(
