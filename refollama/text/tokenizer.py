@@ -3,7 +3,8 @@
     text ── SpecialTokens.split ──► fragments ── encode (spm.py, bpe.py) ──► ids
     ids ── piece ──► bytes ── StreamDecoder ──► text, never half a character
 
-`Tokenizer` is the protocol; `FragmentTokenizer` is what its kinds share; `Vocabulary` reads the part of the metadata that every kind has.
+`Tokenizer` is the protocol; `FragmentTokenizer` is what its kinds share; `Vocabulary` reads the
+part of the metadata that every kind has.
 """
 
 from __future__ import annotations
