@@ -75,6 +75,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _QWEN_2 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _MARKS
 _LLAMA_3 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _MARKS
+_QWEN_35 = _QWEN_2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 _SEED = _QWEN_2.replace(_MARKS, r" ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES)
 _BAILING = (
     r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -140,13 +141,21 @@ _FAMILIES: dict[str, Cut] = {
     jina-v2-de jina-v2-code a.x-4.0 mellum modern-bert exaone4 trillion granite-docling""": Cut(
         (_GPT_2,)
     ),
-    "starcoder refact command-r smollm codeshell exaone minerva-7b": Cut((r"\p{N}", _GPT_2)),
+    "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2": Cut(
+        (r"\p{N}", _GPT_2)
+    ),
     "falcon": Cut((r"[\p{P}\$\+<=>\^~\|`]+", _GPT_2, r"[0-9][0-9][0-9]")),
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": Cut(
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": Cut(
         (_LLAMA_3,), whole_words=True, add_bos=True
     ),
     "dbrx smaug-bpe chatglm-bpe glm4": Cut((_LLAMA_3,)),
-    "qwen2 deepseek-r1-qwen megrez stablelm2 kormo hunyuan solar-open grok-2": Cut((_QWEN_2,)),
+    "qwen2 deepseek-r1-qwen megrez stablelm2 kormo hunyuan solar-open grok-2 f2llmv2": Cut(
+        (_QWEN_2,)
+    ),
+    "qwen35": Cut((_QWEN_35,)),
+    "laguna": Cut((r"[^\n]+|[\n]+", _QWEN_2)),
+    "ufakzeka": Cut((_QWEN_2.removeprefix(_ENGLISH + "|"),)),
+    "minicpm5": Cut((r"\p{N}{1,3}", _LLAMA_3.replace("{1,3}", "+")), whole_words=True),
     "seed-coder": Cut((_SEED,)),
     "bailingmoe bailingmoe2 llada-moe": Cut((_BAILING,)),
     "deepseek-llm": Cut(_DEEPSEEK_LLM),
@@ -155,13 +164,13 @@ _FAMILIES: dict[str, Cut] = {
     "hyperclovax mu-choco": Cut((r"\p{N}", _CJK, _DEEPSEEK_3)),
     "tekken": Cut((_TEKKEN,), whole_words=True, add_bos=True),
     "youtu": Cut((_YOUTU, _GPT_4O.replace("{1,3}", "")), whole_words=True),
-    "gpt-4o llama4 minimax-m2": Cut((_GPT_4O,)),
+    "gpt-4o llama4 minimax-m2 kanana2 talkie": Cut((_GPT_4O,)),
     "chameleon": Cut(_CHAMELEON, add_bos=True),
     "poro-chat bloom gpt3-finnish": Cut((_BLOOM,)),
     "viking": Cut((_BLOOM, r"\p{N}")),
 }
 
-# By `tokenizer.ggml.pre`.  Source: llama.cpp (February 2025) and the models' own files.
+# By `tokenizer.ggml.pre`.  Source: llama.cpp (2025 and 2026) and the models' own files.
 PATTERNS = {name: cut for names, cut in _FAMILIES.items() for name in names.split()}
 
 
@@ -181,7 +190,9 @@ class BpeTokenizer(FragmentTokenizer):
     """A byte-level BPE tokenizer.
 
     Law: decode(encode(text)) == text, for text without lone surrogates (they become U+FFFD), if
-    the vocabulary has a token for each byte.
+    the vocabulary has a token for each byte. So nothing is tidied up: llama.cpp can take out the
+    space in front of a full stop (`clean_spaces`), but only from a text decoded as a whole; what it
+    streams keeps it.
     Source: the behaviour of llama.cpp (February 2025).
     """
 

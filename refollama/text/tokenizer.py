@@ -14,7 +14,7 @@ import logging
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Real
@@ -24,13 +24,20 @@ from refollama.errors import BadRequest, FormatError
 
 log = logging.getLogger(__name__)
 
-# Names by which vocabularies mark the end of a turn.  Source: llama.cpp, February 2025.
-END_MARKERS = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "<EOT>")
-)
+# Names by which vocabularies mark that a text, a turn or a message has ended; and, in models of
+# code, that padding, another repository or another file begins.  Source: llama.cpp, 2025 and 2026.
+_ENDS = """
+    </s> <eos> <EOT> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|>
+    <end_of_turn> <end_of_utterance> <｜end▁of▁sentence｜>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>
+    <|file_sep|>
+"""
+END_MARKERS = frozenset(_ENDS.split())
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs: no UTF-8 can hold them
+GUARD = "\udbff"  # "what I stand in is text, no special token"; one of those that no text can hold
+_STRAY = re.compile(f"(?!{GUARD}){SURROGATES.pattern}")
 UNBOUNDED = 2**31  # characters; more than any text has
 
 
@@ -63,8 +70,16 @@ class Tokenizer(Protocol):
         """Ids of a text.
 
         bos: put BOS in front, and EOS at the end, as the model's metadata asks.
-        special: control tokens that are spelled in the text are meant; user-defined always are.
+        special: control tokens that are spelled in the text are meant, unless `guard` has been
+        there; user-defined ones always are.
         continues: the text goes on where another ended, so no space is put in front of it.
+        """
+
+    def guard(self, text: str) -> str:
+        """The text, to be put among others; no control token that it spells is meant.
+
+        Law: encode(guard(text), special=True) == encode(text). A text that spells none comes back
+        as it is; else there is a `GUARD` in each spelling.
         """
 
     def piece(self, id: int, *, first: bool = False) -> bytes:
@@ -73,6 +88,9 @@ class Tokenizer(Protocol):
         first: as the first token that prints, without the space that `encode` put in front.
         Raises: BadRequest for an id outside the vocabulary.
         """
+
+    def spelling(self, id: int) -> bytes:
+        """What a token prints or, if it prints nothing, how it is written: `</s>`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids: the inverse of `encode`. Invalid UTF-8 becomes U+FFFD."""
@@ -134,6 +152,11 @@ def decode_stream(
         hang_up(ids)
 
 
+def unguarded(text: str) -> str:
+    """The text without guards: what is encoded, and what its length is counted by."""
+    return text.replace(GUARD, "")
+
+
 def hang_up(source: object) -> None:
     """Close a stream that knows how to be closed; a plain list does not."""
     close = getattr(source, "close", None)
@@ -148,41 +171,67 @@ def hang_up(source: object) -> None:
 class SpecialTokens:
     """Tokens that are found in a text by their spelling, before anything else is tokenised.
 
-    At each place the longest spelling wins.
+    At each place the longest spelling wins. One with a guard in it is none.
     """
 
     ids: Mapping[str, int]  # every special spelling
     _always: re.Pattern[str]  # user-defined tokens
     _asked: re.Pattern[str]  # these, control tokens and the unknown token
+    _marks: re.Pattern[str]  # control tokens and the unknown token alone
+    _guarded: re.Pattern[str]  # a mark's beginning (group 1: the mark), or a user-defined token
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> SpecialTokens:
-        wanted = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-        rows = [
-            (text, id, kind)
-            for id, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-            if kind in wanted and text
-        ]
-        ids = {text: id for text, id, _ in rows}
-        always = {text for text, _, kind in rows if kind == TokenType.USER_DEFINED}
-        return cls(ids, _any_of(always), _any_of(ids))
+        always = _spelled(vocabulary, {TokenType.USER_DEFINED})
+        asked = _spelled(vocabulary, {TokenType.CONTROL, TokenType.UNKNOWN})
+        asked = {text: id for text, id in asked.items() if text not in always}
+        either, words, marks = _any_of(always, asked), _any_of(always), _any_of(asked=asked)
+        return cls(
+            ids=always | asked,
+            _always=re.compile(words),
+            _asked=re.compile(either),
+            _marks=re.compile(marks),
+            _guarded=re.compile(f"(?=({marks}))(?:{words}|.)|{words}", re.DOTALL),
+        )
 
     def split(self, text: str, special: bool) -> Iterator[str | int]:
         """Text fragments, never empty, and the ids of special tokens, in order."""
         end = 0
         for match in (self._asked if special else self._always).finditer(text):
-            if match.start() > end:
-                yield text[end : match.start()]
+            if fragment := unguarded(text[end : match.start()]):
+                yield fragment
             yield self.ids[match.group()]
             end = match.end()
-        if end < len(text):
-            yield text[end:]
+        if fragment := unguarded(text[end:]):
+            yield fragment
+
+    def guard(self, text: str) -> str:
+        """The same text with a guard behind the first character of each control token's spelling.
+
+        Or behind the user-defined token that begins there: those stay whole.
+        """
+        return self._guarded.sub(_with_guard, text) if self._marks.search(text) else text
 
 
-def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of the spellings; for none at all if there are none."""
-    longest_first = sorted(spellings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+def _with_guard(match: re.Match[str]) -> str:
+    return match[0] + GUARD if match[1] else match[0]
+
+
+def _spelled(vocabulary: Vocabulary, kinds: Container[int]) -> dict[str, int]:
+    """Spelling → id of the tokens of these kinds; of two with one text the later counts."""
+    rows = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    found = {text: id for id, (text, kind) in rows if kind in kinds}
+    return {text: id for text, id in found.items() if text and not SURROGATES.search(text)}
+
+
+def _any_of(always: Iterable[str] = (), asked: Iterable[str] = ()) -> str:
+    """A pattern for any of the spellings; for none at all if there are none.
+
+    A single character has no room for a guard: the one behind it counts.
+    """
+    patterns = {text: re.escape(text) for text in always}
+    patterns |= {text: re.escape(text) + f"(?!{GUARD})" * (len(text) == 1) for text in asked}
+    return "|".join(patterns[text] for text in sorted(patterns, key=len, reverse=True)) or r"(?!)"
 
 
 # ------------------------------------------------------------------------------- vocabulary
@@ -296,7 +345,7 @@ class FragmentTokenizer(ABC):
     def encode(
         self, text: str, *, bos: bool = False, special: bool = False, continues: bool = False
     ) -> list[int]:
-        text = SURROGATES.sub("\ufffd", text)
+        text = (_STRAY if special else SURROGATES).sub("\ufffd", text)
         ids: list[int] = []
         for part in self._specials.split(text, special):
             if isinstance(part, int):
@@ -305,8 +354,14 @@ class FragmentTokenizer(ABC):
                 ids += self._encode_fragment(part, prefix=bool(ids) or not continues)
         return self.vocabulary.around(ids) if bos else ids
 
+    def guard(self, text: str) -> str:
+        return self._specials.guard(SURROGATES.sub("\ufffd", text))
+
     @abstractmethod
     def piece(self, id: int, *, first: bool = False) -> bytes: ...
+
+    def spelling(self, id: int) -> bytes:
+        return self.piece(id) or utf8(id, self.vocabulary.tokens[id])
 
     def decode(self, ids: Iterable[int]) -> str:
         return decode_whole(self, ids)

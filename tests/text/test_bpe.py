@@ -96,11 +96,11 @@ def words(text: str, pre: str) -> list[str]:
     return [bytes(byte[letter] for letter in piece).decode() for piece, _ in pieces]
 
 
-CUTS = {cut.patterns: name for name, cut in PATTERNS.items()}
+CUTS = {cut.patterns: name for name, cut in reversed(PATTERNS.items())}  # the first of each
 
 
 @pytest.mark.parametrize("pre", CUTS.values())
-def test_words_are_cut_as_another_engine_cuts_them(pre):
+def test_words_are_cut_as_another_engine_cuts_them(pre, measured):
     @settings(deadline=None, max_examples=200)
     @given(SPOKEN)
     @example("I'm he'LL  it's\tDON'T 12345 x=1;\r\n\n  \n a")
@@ -110,18 +110,20 @@ def test_words_are_cut_as_another_engine_cuts_them(pre):
     @example("<sentinel:12> IMGIMGABCZ a\t\tb    c")
     def law(text):
         assert words(text, pre) == cut_slowly(text, PATTERNS[pre].patterns)
+        measured("word patterns", pre, "other engine", "equal")
 
     law()
 
 
 @needs_oracles
 @pytest.mark.parametrize("name", ["gpt-2", "deepseek-coder", "llama-bpe", "qwen2"])
-def test_the_recorded_texts_are_cut_as_another_engine_cuts_them(name):
+def test_the_recorded_texts_are_cut_as_another_engine_cuts_them(name, measured):
     """And no token reaches across a cut: each word has at least one recorded id."""
     for text, ids in recorded(name):
         found = words(text, name)
         assert found == cut_slowly(text, PATTERNS[name].patterns)
         assert len(found) <= len(ids)
+        measured("word patterns", CUTS[PATTERNS[name].patterns], "other engine", "equal")
 
 
 @pytest.mark.parametrize(
@@ -186,11 +188,12 @@ def encoded_slowly(text: str, metadata: Mapping[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe", "tekken", "deepseek-coder"])
-def test_encode_equals_the_slow_merge(pre):
+def test_encode_equals_the_slow_merge(pre, measured):
     @settings(deadline=None, max_examples=200)
     @given(SPOKEN | st.sampled_from(CORPUS.splitlines()))
     def law(text):
         assert ours(pre).encode(text) == encoded_slowly(text, altered(pre=pre))
+        measured("tokenizers", "kind gpt2", "slow merge", "equal")
 
     law()
 
@@ -205,12 +208,13 @@ PARTS = st.sampled_from(["a", "b", "ab", "ba", "aa", "aab", "abab", "Ġ", "Ġa"]
     st.text(alphabet="ab ", max_size=12),
 )
 @example([("a", "b"), ("b", "a"), ("a", "b")], [], "abab")
-def test_any_merges_merge_by_rank_and_then_from_the_left(pairs, more, text):
+def test_any_merges_merge_by_rank_and_then_from_the_left(measured, pairs, more, text):
     """Pairs twice, tokens twice, merges through what is no token: all as by the definition."""
     metadata = altered(
         tokens=[*LETTERS, *more], merges=[" ".join(pair) for pair in pairs], token_type=None
     )
     assert BpeTokenizer.from_metadata(metadata).encode(text) == encoded_slowly(text, metadata)
+    measured("tokenizers", "kind gpt2", "slow merge", "equal")
 
 
 def test_of_a_pair_that_comes_twice_the_first_rank_counts():
@@ -233,20 +237,21 @@ def test_a_word_that_is_a_token_stays_whole_in_llama_3_only():
 
 @needs_oracles
 @pytest.mark.parametrize("name", ["gpt-2", "deepseek-coder"])
-def test_recorded_ids(name):
+def test_recorded_ids(name, measured):
     tokenizer = tokenizer_from(oracle_metadata(name))
     texts = recorded(name)
     assert len(texts) == 46
     for text, ids in texts:
         assert tokenizer.encode(text) == ids, repr(text)
         assert tokenizer.decode(ids) == text
+        measured("tokenizers", f"vocabulary {name}", "llama.cpp's ids", "equal")
 
 
 # ---------------------------------------------------------------------------------- round trip
 
 
 @pytest.mark.parametrize("pre", CUTS.values())
-def test_decode_is_the_inverse_of_encode_streamed_or_not(pre):
+def test_decode_is_the_inverse_of_encode_streamed_or_not(pre, measured):
     @settings(deadline=None, max_examples=100)
     @given(TEXT, TEXT)
     @example("\0", "\r\n  ")
@@ -258,6 +263,7 @@ def test_decode_is_the_inverse_of_encode_streamed_or_not(pre):
         assert tokenizer.decode(ids + then) == text + more
         assert "".join(tokenizer.stream(then, after=ids)) == more
         assert len(ids) * tokenizer.longest >= len(text)
+        measured("tokenizers", "kind gpt2", "round trip", "equal")
 
     law()
 

@@ -50,8 +50,9 @@ def llama2() -> SpmTokenizer:
 @example("")
 @example(" ")
 @example("\u2581")
-def test_rebuilt_equals_the_model_it_was_taken_from(text):
+def test_rebuilt_equals_the_model_it_was_taken_from(measured, text):
     assert ours().encode(text) == trained().encode(text)
+    measured("tokenizers", "kind llama", "sentencepiece", "equal")
 
 
 def merged_slowly(text: str, scores: dict[str, float]) -> list[str]:
@@ -79,13 +80,14 @@ def encoded_slowly(text: str, metadata: dict[str, Any]) -> list[int]:
 
 @settings(deadline=None, max_examples=300)
 @given(TEXT)
-def test_encode_equals_the_slow_merge(text):
+def test_encode_equals_the_slow_merge(measured, text):
     assert ours().encode(text) == encoded_slowly(text, columns(trained()))
+    measured("tokenizers", "kind llama", "slow merge", "equal")
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "ab", "ba", "aa", "▁a", "abab"]), max_size=7), st.data())
-def test_any_scores_merge_by_score_and_then_from_the_left(words, data):
+def test_any_scores_merge_by_score_and_then_from_the_left(measured, words, data):
     metadata = columns(trained())
     kept = metadata["tokenizer.ggml.tokens"][:259]  # the specials and the bytes
     few = ["a", "b", "▁", "ab", "ba", "aa", "▁a", "abab", "aab", "bb"]
@@ -97,19 +99,21 @@ def test_any_scores_merge_by_score_and_then_from_the_left(words, data):
     metadata["tokenizer.ggml.token_type"] = metadata["tokenizer.ggml.token_type"][:size]
     text = "".join(words)
     assert SpmTokenizer.from_metadata(metadata).encode(text) == encoded_slowly(text, metadata)
+    measured("tokenizers", "kind llama", "slow merge", "equal")
 
 
 @needs_oracles
-def test_recorded_ids_of_llama_2():
+def test_recorded_ids_of_llama_2(measured):
     texts = recorded("llama-spm")
     assert len(texts) == 46
     for text, ids in texts:
         assert llama2().encode(text) == ids, repr(text)
         assert llama2().decode(llama2().encode(text)) == text
+        measured("tokenizers", "vocabulary llama-spm", "llama.cpp's ids", "equal")
 
 
 @needs_oracles
-def test_llama_2_rebuilt_from_gguf_equals_the_original():
+def test_llama_2_rebuilt_from_gguf_equals_the_original(measured):
     original = sentencepiece.SentencePieceProcessor(
         model_file=str(ORACLES / "vocab/llama2-tokenizer.model")
     )
@@ -119,6 +123,7 @@ def test_llama_2_rebuilt_from_gguf_equals_the_original():
     def law(text):
         assert llama2().encode(text) == original.encode(text)
         assert llama2().decode(llama2().encode(text)) == text.replace("\u2581", " ")
+        measured("tokenizers", "vocabulary llama-spm", "Llama 2's model", "equal")
 
     law()
 
@@ -131,10 +136,11 @@ def test_llama_2_rebuilt_from_gguf_equals_the_original():
 @example("  two  spaces  ")
 @example("\r\n")
 @example("\0")
-def test_decode_is_the_inverse_of_encode(text):
+def test_decode_is_the_inverse_of_encode(measured, text):
     expected = text.replace("\u2581", " ")  # to a vocabulary, U+2581 is how a space is written
     assert ours().decode(ours().encode(text)) == expected
     assert ours().decode(ours().encode(text, bos=True)) == expected
+    measured("tokenizers", "kind llama", "round trip", "equal")
 
 
 @settings(deadline=None)
@@ -344,12 +350,13 @@ def test_several_unknown_tokens_duplicates_empty_ones_and_late_additions_change_
 
 @settings(deadline=None)
 @given(TEXT, st.lists(st.integers(259, 379), max_size=40))
-def test_duplicates_are_merged_as_the_slow_merge_does(text, copied):
+def test_duplicates_are_merged_as_the_slow_merge_does(measured, text, copied):
     metadata = columns(trained())
     tokens, scores = (metadata["tokenizer.ggml." + key] for key in ("tokens", "scores"))
     more = extended(*((tokens[id], 1) for id in copied))
     more["tokenizer.ggml.scores"][len(tokens) :] = [scores[id] for id in copied]
     assert SpmTokenizer.from_metadata(more).encode(text) == encoded_slowly(text, more)
+    measured("tokenizers", "kind llama", "slow merge", "equal")
 
 
 def test_bytes_without_a_token_are_unknown_and_the_others_are_spelled(caplog):

@@ -29,8 +29,9 @@ def shown(pieces, stops):
 
 
 @given(PIECES, STOPS)
-def test_output_is_the_text_before_the_leftmost_stop(pieces, stops):
+def test_output_is_the_text_before_the_leftmost_stop(measured, pieces, stops):
     assert "".join(shown(pieces, stops)) == judge("".join(pieces), stops)
+    measured("options", "stop", "definition", "equal")
 
 
 @given(PIECES, STOPS)

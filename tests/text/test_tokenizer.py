@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from refollama.errors import BadRequest
+from refollama.text import tokenizer_from
 from refollama.text.spm import SpmTokenizer
-from refollama.text.tokenizer import SpecialTokens, StreamDecoder, hang_up
+from refollama.text.tokenizer import END_MARKERS, SpecialTokens, StreamDecoder, hang_up
 from tests.text.vocabularies import columns, extended, trained
 
 TOKENIZER = SpmTokenizer.from_metadata(
@@ -114,6 +115,33 @@ def test_end_markers_are_found_by_key_and_by_name_and_are_control_tokens():
     assert TOKENIZER.encode("<|im_end|>", special=True) == [end]
     keys = {"tokenizer.ggml.eot_token_id": 300, "tokenizer.ggml.eom_token_id": 301}
     assert SpmTokenizer.from_metadata(columns(trained()) | keys).eos_ids == {2, 300, 301}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("marker", sorted(END_MARKERS))
+def test_each_usual_end_marker_ends_an_answer_whatever_its_type(kind, marker):
+    tokens = ["<unk>", "<s>", "</end>", *(f"<0x{byte:02X}>" for byte in range(256)), marker]
+    metadata = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = tokenizer_from(metadata)
+    assert tokenizer.eos_ids == {2, 259}
+    assert tokenizer.piece(259) == b""
+    assert tokenizer.encode(marker, special=True) == [259]
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"])
+def test_each_key_of_an_end_is_heard_and_the_others_are_not(key):
+    """The other fim_* tokens stand in prompts; an answer goes on after them."""
+    others = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle", "padding")
+    keys = {f"tokenizer.ggml.{name}_token_id": 301 for name in others}
+    keys[f"tokenizer.ggml.{key}_token_id"] = 300
+    ends = SpmTokenizer.from_metadata(columns(trained()) | keys).eos_ids
+    assert ends - {2} == {300}
 
 
 def split_slowly(text: str, specials: dict[str, int]) -> list[str | int]:
