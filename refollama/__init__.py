@@ -13,6 +13,8 @@ model is loaded.
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +27,25 @@ if TYPE_CHECKING:
     from refollama.loaded import LoadedModel
     from refollama.text.tokenizer import Tokenizer
 
+# A row of a matrix product must not depend, in its last bit, on how many rows there are: only so is
+# an answer the same whether its prompt was read at once, in parts, or found in the cache. Intel's
+# MKL promises that in its strict mode, which it looks up before its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 __all__ = ["Client", "Options", "__version__", "load", "load_tokenizer", "weights"]
 
 
-def load(model: str | Path, *, slots: int = 1) -> LoadedModel:
+def load(
+    model: str | Path, options: Mapping[str, Any] | None = None, *, slots: int = 1
+) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store, ready to answer.
 
-    `slots`: how many answers are written side by side; more wait for their turn.
-    Raises: ModelNotFound, FormatError, UnsupportedModel.
+    `options` become its defaults; `slots` is how many answers are written side by side.
+    Raises: ModelNotFound, BadOption, FormatError, UnsupportedModel.
     """
     from refollama import loaded  # brings torch
 
-    return loaded.load(model, slots=slots)
+    return loaded.load(model, options, slots=slots)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

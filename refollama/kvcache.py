@@ -3,7 +3,7 @@
 One slot holds one sequence; the place of a token in its slot is its position.
 
     layer 0   keys   (slots, Hk, S, D)      slot 0   k₀ k₁ k₂ k₃ ·  ·  ·  ·
-              values (slots, Hk, S, D)      slot 1   k₀ k₁ ·  ·  ·  ·  ·  ·
+              values (slots, Hk, S, Dv)     slot 1   k₀ k₁ ·  ·  ·  ·  ·  ·
     layer 1   …                                      position →
 
 The cache holds no model and no policy: who gets a slot is the engine's business, what may be seen
@@ -12,37 +12,42 @@ is the model's (`key_position <= position`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FIRST_LENGTH = 64  # positions per slot at the start; doubled whenever a sequence outgrows them
+# Positions are reserved and read in pieces of so many. A sum's order decides its last bit, and a
+# routine that adds S numbers chooses its order by S: over pieces of one size it cannot. So a token
+# gets the same bits however many places lie behind it.
+PIECE = 256
+CPU = torch.device("cpu")
 
 
 class KVCache:
     """Keys and values of several sequences, for every layer.
 
-    Units: it takes 2 · layers · slots · Hk · S · D · itemsize bytes, where S grows with the longest
+    `shapes`: of each layer, Hk, the width of a key, D, and of a value, Dv. `devices`: its place.
+    Units: a layer takes slots · Hk · S · (D + Dv) · itemsize bytes, where S grows with the longest
     sequence so far, so a long `num_ctx` costs nothing until somebody writes that much.
     """
 
     def __init__(
         self,
-        layers: int,
-        heads: int,
-        width: int,
+        shapes: Sequence[tuple[int, int, int]],
         *,
         slots: int = 1,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.slots = slots
-        self.shape = (slots, heads, 0, width)
-        new = [torch.zeros(self.shape, dtype=dtype, device=device) for _ in range(2 * layers)]
-        self.keys = new[:layers]
-        self.values = new[layers:]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for (heads, *widths), device in zip(shapes, devices or [CPU] * len(shapes), strict=True):
+            for tensors, width in zip((self.keys, self.values), widths, strict=True):
+                empty = torch.zeros(slots, heads, 0, width, dtype=dtype, device=device)
+                tensors.append(empty)
 
     @property
     def length(self) -> int:
@@ -50,19 +55,43 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def rows(self, slots: Sequence[int], length: int) -> Rows:
-        """The slots that one step works on; after it, positions 0 … length − 1 may be in use."""
-        self._reserve(length)
-        return Rows(self, torch.tensor(slots, device=self.keys[0].device), length)
+        """The slots that one step works on; after it, positions 0 … length − 1 may be in use.
 
-    def clear(self, slot: int) -> None:
-        """Forget a sequence: zeros, so that no stale infinity can meet a weight of zero."""
+        They see whole pieces: places behind `length` are zero, or left by what was there before.
+        """
+        self._reserve(length)
+        whole = -(-length // PIECE) * PIECE
+        return Rows(self, torch.tensor(slots), whole)
+
+    def clear(self, slot: int, start: int = 0) -> None:
+        """Forget a sequence from `start` on: zeros, so no stale infinity meets a weight of zero."""
         for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+            tensor[slot, :, start:].zero_()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of one slot become those of another, too."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def shift(
+        self, slot: int, start: int, stop: int, end: int, turn: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Drop positions start … stop − 1 of a slot; those up to end − 1 move down to follow on.
+
+        A key depends on its place: `turn` makes keys of the new places from keys of the old ones,
+        (Hk, n, D) float32 → the same.
+        """
+        moved = start + end - stop  # where what moves down will end
+        for keys in self.keys:
+            keys[slot, :, start:moved] = turn(keys[slot, :, stop:end].float()).to(keys.dtype)
+        for values in self.values:
+            values[slot, :, start:moved] = values[slot, :, stop:end].clone()
+        self.clear(slot, moved)
 
     def _reserve(self, length: int) -> None:
         if length <= self.length:
             return
-        target = max(FIRST_LENGTH, self.length)
+        target = max(PIECE, self.length)
         while target < length:
             target *= 2
         # Both or none: if the memory runs out on the way, the old cache is whole.
@@ -86,21 +115,22 @@ class Rows:
 
     cache: KVCache
     slots: Tensor  # (B,)
-    length: int
+    length: int  # S, a multiple of PIECE
 
     def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values, and return all of them, old and new.
 
-        Shapes: positions (B, T); k, v (B, T, Hk, D) → keys, values (B, Hk, length, D) in k's dtype.
+        Shapes: positions (B, T); k (B, T, Hk, D), v (B, T, Hk, Dv)
+        → keys (B, Hk, S, D), values (B, Hk, S, Dv) in k's dtype, where k lies.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        slots = self.slots[:, None]
-        keys[slots, :, positions] = k.to(keys.dtype)
-        values[slots, :, positions] = v.to(values.dtype)
-        return self._read(keys).to(k.dtype), self._read(values).to(v.dtype)
+        slots, positions = self.slots[:, None].to(keys.device), positions.to(keys.device)
+        keys[slots, :, positions] = k.to(keys)
+        values[slots, :, positions] = v.to(values)
+        return self._read(keys).to(k), self._read(values).to(v)
 
     def _read(self, tensor: Tensor) -> Tensor:
-        """(slots, Hk, S, D) → (B, Hk, length, D); one row is a view, several are gathered."""
+        """(slots, Hk, room, D) → (B, Hk, S, D); one row is a view, several are gathered."""
         if len(self.slots) == self.cache.slots == 1:
             return tensor[:, :, : self.length]
-        return tensor[self.slots, :, : self.length]
+        return tensor[self.slots.to(tensor.device), :, : self.length]

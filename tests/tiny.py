@@ -51,15 +51,32 @@ def tokenizer() -> dict[str, Any]:
 
 def shapes(keys: Mapping[str, Any], *, tied: bool = False) -> dict[str, tuple[int, ...]]:
     """Every tensor of a llama of these sizes, outermost dimension first."""
-    M, F = keys["llama.embedding_length"], keys["llama.feed_forward_length"]
-    H, Hk = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"]
+    found: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (len(TOKENS), keys["llama.embedding_length"])
+    }
+    for layer in range(keys["llama.block_count"]):
+        found |= {f"blk.{layer}.{name}.weight": s for name, s in block_shapes(keys, layer).items()}
+    found |= {"output_norm.weight": (keys["llama.embedding_length"],)}
+    output = {} if tied else {"output.weight": found["token_embd.weight"]}
+    return found | output
+
+
+def block_shapes(keys: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Of one layer; what may differ from layer to layer is one number, or a list of as many."""
+
+    def here(key: str) -> int:
+        return int(value[layer] if isinstance(value := keys[f"llama.{key}"], list) else value)
+
+    M, F = here("embedding_length"), here("feed_forward_length")
+    H, Hk = here("attention.head_count"), here("attention.head_count_kv")
     D = keys.get("llama.attention.key_length", M // H)
+    Dv = keys.get("llama.attention.value_length", M // H)
     block: dict[str, tuple[int, ...]] = {
         "attn_norm": (M,),
         "attn_q": (H * D, M),
         "attn_k": (Hk * D, M),
-        "attn_v": (Hk * D, M),
-        "attn_output": (M, H * D),
+        "attn_v": (Hk * Dv, M),
+        "attn_output": (M, H * Dv),
         "ffn_norm": (M,),
         "ffn_gate": (F, M),
         "ffn_up": (F, M),
@@ -69,11 +86,7 @@ def shapes(keys: Mapping[str, Any], *, tied: bool = False) -> dict[str, tuple[in
         for name in ("ffn_gate", "ffn_up", "ffn_down"):
             block[f"{name}_exps"] = (E, *block.pop(name))
         block["ffn_gate_inp"] = (E, M)
-    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(TOKENS), M)}
-    for layer in range(keys["llama.block_count"]):
-        found |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
-    found |= {"output_norm.weight": (M,)}
-    return found if tied else found | {"output.weight": (len(TOKENS), M)}
+    return block
 
 
 def write_model(

@@ -1,6 +1,7 @@
 """The parts that every model of the family is made of.
 
-Shapes: B rows, T new tokens, S remembered tokens, H query heads, Hk key heads, D head width.
+Shapes: B rows, T new tokens, S remembered tokens, H query heads, Hk key heads, D head width (Dv of
+values, where it differs).
 A weight stays as it lies in the file, packed; a layer unpacks it for the moment of its use. That
 is the plain path: exact, readable, slow. What replaces it for speed lives in `fast/`.
 """
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from refollama.kvcache import PIECE
 from refollama.models.config import RopeConfig
 
 Unpack = Callable[[Tensor], Tensor]  # (…, bytes of a row) uint8 → (…, values of a row) float32
@@ -39,7 +42,8 @@ class Linear(nn.Module):
         return self.unpack(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dense(), self.bias)
+        # Rows that do not lie in one line would take another routine, which adds in another order.
+        return functional.linear(x.contiguous(), self.dense(), self.bias)
 
 
 class Experts(nn.Module):
@@ -94,11 +98,11 @@ class RMSNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Positions → the cosine and sine of each pair's angle: position · ω.
+    """Positions → the cosine and sine of each pair's angle: position · ω, times the gain.
 
-    Shapes: (B, T) → two of (B, T, 1, D/2), ready to meet (B, T, H, D/2). `weight`, where the file
-    has it, is (D/2,): each frequency is divided by it (Llama 3.1 stretches its slow pairs so).
-    Source: Su et al. 2021, arXiv 2104.09864, equation 15.
+    Shapes: (…) → two of (…, 1, R/2), ready to meet (…, H, R/2), where R of a head's D dimensions
+    are rotated. `weight`, where the file has it, is (R/2,): each frequency is divided by it (Llama
+    3.1 stretches its slow pairs so). Source: Su et al. 2021, arXiv 2104.09864, equation 15.
     """
 
     weight: Tensor | None
@@ -108,30 +112,33 @@ class Rope(nn.Module):
         self.register_buffer("weight", weight)
         omega = frequencies(config, width)
         # In float64: at position 100,000 a float32 angle is wrong in its third decimal.
-        self.omega = omega if weight is None else omega / weight.double()  # (D/2,)
+        self.omega = omega if weight is None else omega / weight.double().cpu()  # (R/2,)
         self.gain = yarn_gain(config)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.turn(positions)
+        return (cos * self.gain).float(), (sin * self.gain).float()
+
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without the gain: a turn by so many positions.  In float64."""
         angles = positions[..., None, None] * self.omega.to(positions.device)
-        return (angles.cos() * self.gain).float(), (angles.sin() * self.gain).float()
+        return angles.cos(), angles.sin()
 
 
 def frequencies(config: RopeConfig, width: int) -> Tensor:
-    """ω of each pair of a head: scale · base^(−2i/D), or YaRN's blend.  → (D/2,) float64
+    """ω of each pair of a head: base^(−2i/R), of which some part is scaled.  → (R/2,) float64
 
     Source: scale, Chen et al. 2023, arXiv 2306.15595; YaRN, Peng et al. 2023, arXiv 2309.00071,
     section 3.2 ("NTK-by-parts").
     """
     pairs = torch.arange(0, width, 2, dtype=torch.float64)
     omega = config.base ** (-pairs / width)
-    if not config.yarn:
-        return omega * config.scale
-    alone = 1 - _ramp(config, width)
+    alone = config.ext_factor * (1 - _ramp(config, width))
     return omega * (alone + config.scale * (1 - alone))
 
 
 def _ramp(config: RopeConfig, width: int) -> Tensor:
-    """0 for pairs that turn often within the trained context, 1 for slow ones.  → (D/2,)"""
+    """0 for pairs that turn often within the trained context, 1 for slow ones.  → (R/2,)"""
 
     def pair_that_turns(times: float) -> float:
         turns = config.trained_on / (2 * math.pi * times)
@@ -144,38 +151,72 @@ def _ramp(config: RopeConfig, width: int) -> Tensor:
 
 
 def yarn_gain(config: RopeConfig) -> float:
-    """By how much YaRN enlarges queries and keys, so that attention stays as sharp.
+    """By how much queries and keys are enlarged, so that YaRN's attention stays as sharp.
 
-    Source: Peng et al. 2023, section 3.4: √(1/t) = 0.1 · ln(stretch) + 1.
+    Source: Peng et al. 2023, section 3.4: √(1/t) = 0.1 · ln(stretch) + 1. A model that was trained
+    without it says so by its log_multiplier, as DeepSeek's do (`mscale_all_dim`).
     """
-    return config.attn_factor * (1 - 0.1 * math.log(config.scale)) if config.yarn else 1.0
+    stretch = 1 / config.scale
+    if config.ext_factor == 0 or stretch <= 1:
+        return config.attn_factor
+    more = 0.1 * math.log(stretch)
+    return config.attn_factor * (1 + more) / (1 + config.log_multiplier * more)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x₂ᵢ, x₂ᵢ₊₁) by its angle.  (B, T, H, D) → the same.
+    """Turn each pair (x₂ᵢ, x₂ᵢ₊₁) by its angle; what is behind the last pair stays.  → the same.
 
-    Neighbours form a pair: GGUF files of this family store the rows of Q and K in that order.
+    Shapes: x (…, H, D), cos and sin (…, 1, R/2). Neighbours form a pair: GGUF files of this family
+    store the rows of Q and K in that order.
     """
-    u, v = x[..., 0::2], x[..., 1::2]
-    return torch.stack((u * cos - v * sin, u * sin + v * cos), dim=-1).flatten(-2)
+    R = 2 * cos.shape[-1]
+    u, v = x[..., 0:R:2], x[..., 1:R:2]
+    turned = torch.stack((u * cos - v * sin, u * sin + v * cos), dim=-1).flatten(-2)
+    return torch.cat((turned, x[..., R:]), dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """softmax(q·kᵀ / √D)·v over the keys that each token may see.
 
-    Shapes: q (B, T, H, D); k, v (B, Hk, S, D); visible (B, T, S) bool → (B, T, H, D).
-    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; H / Hk query heads share a key head:
-    Ainslie et al. 2023, arXiv 2305.13245.
+    Shapes: q (B, T, H, D); k (B, Hk, S, D); v (B, Hk, S, Dv); visible (B, T, S) bool
+    → (B, T, H, Dv).
+    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; G = H / Hk query heads share a key
+    head: Ainslie et al. 2023, arXiv 2305.13245.
     """
     B, T, H, D = q.shape
-    Hk = k.shape[1]
-    q = q.view(B, T, Hk, H // Hk, D).permute(0, 2, 3, 1, 4)  # (B, Hk, H/Hk, T, D)
-    scores = q @ k[:, :, None].transpose(-1, -2) / math.sqrt(D)  # (B, Hk, H/Hk, T, S)
-    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
-    mixed = scores.softmax(-1) @ v[:, :, None]  # (B, Hk, H/Hk, T, D)
-    return mixed.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    Hk, S = k.shape[1:3]
+    G = H // Hk
+    q = q.view(B, T, Hk, G, D).transpose(1, 2).flatten(2, 3)  # (B, Hk, T·G, D)
+    scores = times(q / math.sqrt(D), k.mT).view(B, Hk, T, G, S)
+    shares = scores.masked_fill(~visible[:, None, :, None], -math.inf).softmax(-1)
+    mixed = weighted(shares.flatten(2, 3), v)  # (B, Hk, T·G, Dv)
+    return mixed.view(B, Hk, T, G, -1).transpose(1, 2).reshape(B, T, H, -1)
+
+
+def weighted(shares: Tensor, v: Tensor) -> Tensor:
+    """shares · v, one piece of the keys after another, so that their number changes no bit.
+
+    Shapes: shares (…, rows, S), v (…, S, Dv) → (…, rows, Dv).
+    """
+    pieces = zip(torch.split(shares, PIECE, -1), torch.split(v, PIECE, -2), strict=True)
+    return reduce(torch.add, (times(share, values) for share, values in pieces))
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, each row the same to the last bit whatever rows stand beside it.
+
+    Alone, a row would go to another routine (a vector by a matrix), which adds in another order.
+    Shapes: (…, rows, n), (…, n, m) → (…, rows, m).
+    """
+    if a.shape[-2] > 1:
+        return a @ b
+    return (torch.cat((a, a), dim=-2) @ b)[..., :1, :]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up.  Source: Shazeer 2020, arXiv 2002.05202, equation 6 (Swish with β = 1)."""
-    return functional.silu(gate) * up
+    """silu(gate) · up.  Source: Shazeer 2020, arXiv 2002.05202, equation 6 (Swish with β = 1).
+
+    exp in float32 may round differently at the end of a row, where no full vector is left; silu is
+    computed in float64, so that a token's place among others does not show.
+    """
+    return functional.silu(gate.double()).to(gate.dtype) * up

@@ -63,8 +63,12 @@ class FileParts:
         return Embedding(tensor.data, tensor.layout.unpack_rows)
 
     def rope(self, name: str, config: RopeConfig, width: int) -> Rope:
-        """Angles for heads of this width, with the file's own divisors if it has any."""
-        divisors = self._take(f"{name}.weight", (width // 2,)).unpack() if self.has(name) else None
+        """Angles for heads of which this width is rotated, with the file's divisors if any."""
+        if not self.has(name) and not config.longrope:
+            return Rope(config, width)
+        divisors = self._take(f"{name}.weight", (width // 2,)).unpack()
+        if not (divisors.isfinite() & (divisors > 0)).all():
+            raise FormatError(f"{self.source}: {name}.weight must hold positive numbers")
         return Rope(config, width, divisors)
 
     def experts(self, name: str, n_experts: int, n_out: int, n_in: int) -> Experts:

@@ -19,7 +19,7 @@ class MixtralBlock(Block):
     """One layer whose feed-forward network is a mixture."""
 
     def add_feed_forward(self, parts: Parts, blk: str) -> None:
-        E, M, F = self.config.n_experts, self.config.d_model, self.config.d_ff
+        E, M, F = self.config.n_experts, self.config.d_model, self.sizes.d_ff
         self.ffn_gate_inp = parts.linear(f"{blk}.ffn_gate_inp", E, M)
         self.ffn_gate_exps = parts.experts(f"{blk}.ffn_gate", E, F, M)
         self.ffn_up_exps = parts.experts(f"{blk}.ffn_up", E, F, M)
@@ -36,10 +36,15 @@ class MixtralBlock(Block):
         return out.view(x.shape)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which experts, and how much of each: (n, d_model) → shares (n, k), experts (n, k)."""
+        """Which experts, and how much of each: (n, d_model) → shares (n, k), experts (n, k).
+
+        Of equals, the one with the lower number.
+        """
+        k = self.config.n_experts_used
         likely = self.ffn_gate_inp(x).softmax(-1)  # (n, E)
-        shares, chosen = likely.topk(self.config.n_experts_used)
-        return shares / shares.sum(-1, keepdim=True), chosen
+        likely, order = likely.sort(dim=-1, descending=True, stable=True)
+        shares = likely[:, :k]
+        return shares / shares.sum(-1, keepdim=True), order[:, :k]
 
     def think(self, x: Tensor, expert: int) -> Tensor:
         """One expert, a feed-forward network like Llama's: (n, d_model) → (n, d_model)."""
