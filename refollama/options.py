@@ -19,34 +19,21 @@ log = logging.getLogger(__name__)
 
 Value = bool | int | float | tuple[str, ...]
 
-# Options that Ollama's documents name and that this version does not act on yet. They are checked
-# for their type, kept in Modelfiles, and answered with a warning: nothing is swallowed in silence.
-NOT_YET: Mapping[str, type] = {
-    "num_keep": int,
-    "numa": bool,
-    "num_gqa": int,
-    "num_gpu": int,
-    "main_gpu": int,
-    "low_vram": bool,
-    "logits_all": bool,
-    "vocab_only": bool,
-    "use_mmap": bool,
-    "use_mlock": bool,
-    "embedding_only": bool,
-    "rope_frequency_base": float,
-    "rope_frequency_scale": float,
-    "num_thread": int,
-}
-
 MOST = 2**31 - 1  # no count of tokens is larger
 MOST_STOPS, LONGEST_STOP = 64, 1000  # each character of a stop string costs memory while it runs
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list of strings"}
 
 
-def _knob(default: Value, allowed: str = "", ok: Callable[[Any], bool] | None = None) -> Any:
-    """A field with its range, as a test and in words."""
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "ok": ok})
+def _knob(
+    default: Value,
+    allowed: str = "",
+    ok: Callable[[Any], bool] | None = None,
+    *,
+    idle: str = "",
+) -> Any:
+    """A field with its range, as a test and in words; `idle`: why turning it does nothing here."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "ok": ok, "idle": idle})
 
 
 def _few_and_short(stops: Sequence[str]) -> bool:
@@ -57,6 +44,13 @@ def _between(low: float, high: float) -> dict[str, Any]:
     return {"allowed": f"between {low} and {high}", "ok": lambda value: low <= value <= high}
 
 
+def _zero_or(low: float, high: float) -> dict[str, Any]:
+    return {
+        "allowed": f"0, or between {low} and {high}",
+        "ok": lambda value: value == 0 or low <= value <= high,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How one answer is to be made.
@@ -65,12 +59,12 @@ class Options:
     Source: Ollama's Modelfile and API documents; defaults are those of December 2023.
     """
 
-    # context and memory
+    # the context
     num_ctx: int = _knob(
         2048, **_between(0, MOST)
     )  # tokens; 0 = as long as the model was trained for
+    num_keep: int = _knob(0, **_between(-1, MOST))  # of the prompt, when full; -1 = all of it
     num_batch: int = _knob(512, **_between(1, MOST))  # tokens of the prompt read in one step
-    f16_kv: bool = _knob(True)  # the cache in float16; false = float32
 
     # length
     num_predict: int = _knob(
@@ -101,6 +95,24 @@ class Options:
     frequency_penalty: float = _knob(0.0, **_between(-1000, 1000))
     penalize_newline: bool = _knob(True)
 
+    # how the model is loaded
+    num_gpu: int = _knob(-1, **_between(-1, MOST))  # layers on the GPU; -1 = all that fit
+    main_gpu: int = _knob(0, **_between(0, 1023))  # which GPU
+    low_vram: bool = _knob(False)  # the cache in main memory, though layers are on the GPU
+    f16_kv: bool = _knob(True)  # the cache in float16; false = float32
+    use_mmap: bool = _knob(True)  # weights are mapped; false = read into memory
+    use_mlock: bool = _knob(False)  # weights are never swapped out
+    numa: bool = _knob(False)  # weights are spread over the memory of all processors
+    num_thread: int = _knob(0, **_between(0, 1024))  # 0 = as many as torch chooses
+    num_gqa: int = _knob(0, **_between(0, MOST))  # query heads for each key head; 0, 1 = the file's
+    rope_frequency_base: float = _knob(0.0, **_zero_or(1.001, 1e12))  # 0 = the file's
+    rope_frequency_scale: float = _knob(0.0, **_zero_or(0.001, 1000))  # 0 = the file's
+
+    # accepted, and without effect
+    logits_all: bool = _knob(False, idle="an answer needs the last token's logits only")
+    vocab_only: bool = _knob(False, idle="weights are mapped, so leaving them out saves nothing")
+    embedding_only: bool = _knob(False, idle="every model gives answers and embeddings")
+
     def updated(self, given: Mapping[str, Any], *, strict: bool = False) -> Options:
         """A new record in which the given values win; `None` means not given.
 
@@ -112,14 +124,12 @@ class Options:
             if name in known:
                 if value is not None:
                     changes[name] = _checked(known[name], value)
-            elif name in NOT_YET:
-                _pending(name, value, strict)
             else:
                 _unknown(name, strict)
         return dataclasses.replace(self, **changes)
 
 
-KNOWN = frozenset(f.name for f in dataclasses.fields(Options)) | frozenset(NOT_YET)
+KNOWN = frozenset(f.name for f in dataclasses.fields(Options))
 
 
 def from_text(name: str, values: Sequence[str]) -> Any:
@@ -132,17 +142,9 @@ def from_text(name: str, values: Sequence[str]) -> Any:
         raise BadOption(f"unknown parameter '{name}'; known are: {', '.join(sorted(KNOWN))}")
     if name == "stop":
         return list(Options().updated({"stop": values}).stop)
-    value = _read(name, _kind(name), values[0])
-    Options().updated({name: value} if name not in NOT_YET else {})
+    value = _read(name, type(getattr(Options(), name)), values[0])
+    Options().updated({name: value})
     return value
-
-
-def _kind(name: str) -> type:
-    """bool, int, float or tuple: the type that an option holds."""
-    for field in dataclasses.fields(Options):
-        if field.name == name:
-            return type(field.default)
-    return NOT_YET[name]
 
 
 def _read(name: str, kind: type, text: str) -> bool | int | float:
@@ -172,6 +174,8 @@ def _checked(field: dataclasses.Field[Any], value: object) -> Value:
     if ok is not None and not ok(fitted):
         allowed = field.metadata["allowed"]
         raise BadOption(f"option '{field.name}' must be {allowed}, not {_shown(value)}")
+    if field.metadata["idle"] and fitted != field.default:
+        log.warning("option '%s' has no effect: %s", field.name, field.metadata["idle"])
     return fitted
 
 
@@ -198,16 +202,6 @@ def _shown(value: object) -> str:
     """A value as a message may repeat it: never pages of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _pending(name: str, value: object, strict: bool) -> None:
-    if value is None:
-        return
-    _fit(name, NOT_YET[name], value)
-    problem = f"option '{name}' has no effect in this version"
-    if strict:
-        raise BadOption(problem)
-    log.warning("%s; ignored", problem)
 
 
 def _unknown(name: str, strict: bool) -> None:

@@ -66,6 +66,13 @@ def test_values_that_fit(name, value, kept):
         ("mirostat", "two", "an integer"),
         ("mirostat", 3, "between 0 and 2"),
         ("num_gqa", "two", "an integer"),
+        ("num_keep", -2, "between -1 and"),
+        ("num_gpu", -2, "between -1 and"),
+        ("main_gpu", -1, "between 0 and 1023"),
+        ("num_thread", 1025, "between 0 and 1024"),
+        ("rope_frequency_base", 1, "0, or between 1.001 and"),
+        ("rope_frequency_scale", 0.0001, "0, or between 0.001 and 1000"),
+        ("use_mmap", 1, "true or false"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_name_and_range(name, value, allowed):
@@ -77,17 +84,20 @@ def test_values_that_do_not_fit_are_refused_with_name_and_range(name, value, all
 
 def test_unknown_names_are_warned_about_once_each_and_ignored(caplog):
     with caplog.at_level(logging.WARNING):
-        assert Options().updated({"tempratur": 1, "num_gqa": 2}) == Options()
-    assert [r.getMessage() for r in caplog.records] == [
-        "unknown option 'tempratur' ignored",
-        "option 'num_gqa' has no effect in this version; ignored",
-    ]
+        assert Options().updated({"tempratur": 1}) == Options()
+    assert [r.getMessage() for r in caplog.records] == ["unknown option 'tempratur' ignored"]
 
 
-@pytest.mark.parametrize("name", ["tempratur", "num_gqa"])
-def test_strict_refuses_what_would_be_ignored(name):
-    with pytest.raises(BadOption, match=name):
-        Options().updated({name: 1}, strict=True)
+def test_an_option_without_effect_is_warned_about_with_the_reason(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Options().updated({"vocab_only": False, "logits_all": True}).logits_all
+    (record,) = caplog.records
+    assert "option 'logits_all' has no effect: an answer needs" in record.getMessage()
+
+
+def test_strict_refuses_what_would_be_ignored():
+    with pytest.raises(BadOption, match="tempratur"):
+        Options().updated({"tempratur": 1}, strict=True)
 
 
 @given(st.dictionaries(st.text(max_size=5) | st.sampled_from(sorted(KNOWN)), st.from_type(object)))

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from refollama.engine import limits
-from refollama.engine.net import Net
+from refollama.engine.net import Net, state
 from refollama.engine.scheduler import Scheduler
-from refollama.engine.sequence import End, Sequence
+from refollama.engine.sequence import NO_EXTRAS, NO_MARKS, End, Extras, Marks, Sequence
 from refollama.errors import Abandoned, RefollamaError, Stopping
+from refollama.kvcache import KVCache
 from refollama.options import Options
 from refollama.sampling.chain import Sampler
 
@@ -31,33 +32,25 @@ MAX_QUEUE = 512  # requests that may wait, as in Ollama
 LOOK_AROUND = 0.5  # seconds between two looks at whether the reader is still there
 
 
-def never() -> bool:
-    """Nobody ever goes: what `gone` is where nobody can."""
-    return False
-
-
 class Engine:
     """Runs many sequences on one net.
 
-    `slots` sequences run side by side, others wait. The cache has one type for all of them
-    (`f16_kv`), so that choice belongs to the engine and not to a request.
+    As many as the cache has slots run side by side, others wait. The cache is the
+    engine's own from now on.
     """
 
     def __init__(
         self,
         net: Net,
+        cache: KVCache,
+        marks: Marks = NO_MARKS,
         *,
-        eos: Iterable[int] = (),
-        newline: int | None = None,
-        slots: int = 1,
-        f16_kv: bool = True,
         max_queue: int = MAX_QUEUE,
     ) -> None:
         self.net = net
-        self.eos = frozenset(eos)
-        self.newline = newline
-        self._cache = net.new_cache(slots, torch.float16 if f16_kv else torch.float32)
-        self._scheduler = Scheduler(slots, max_queue)
+        self.marks = marks
+        self._cache = cache
+        self._scheduler = Scheduler(cache.slots, max_queue)
         self._changed = threading.Condition()  # guards the scheduler; notified when work arrives
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -65,29 +58,47 @@ class Engine:
 
     # ── for everybody ─────────────────────────────────────────────────────────────────────────
 
-    def stream(
-        self, tokens: Iterable[int], options: Options, gone: Callable[[], bool] = never
-    ) -> Stream:
+    def stream(self, tokens: Iterable[int], options: Options, extras: Extras = NO_EXTRAS) -> Stream:
         """The answer to these tokens, as an iterator of ids.
 
-        gone: asked now and then; once it says yes, the iterator raises Abandoned.
-        Raises: PromptTooLong, ServerBusy, Stopping.
+        A prompt that does not fit is cut, or refused if `extras` say so. Once `extras.gone` says
+        yes, the iterator raises Abandoned.
+        Raises: PromptTooLong, BadRequest, ServerBusy, Stopping.
         """
-        prompt = list(tokens)
-        limit = limits.answer(len(prompt), options, self.net.n_ctx)
-        n_ctx = limits.context(options, self.net.n_ctx)
-        sampler = Sampler(options, prompt, n_ctx=n_ctx, newline=self.newline)
-        seq = Sequence(prompt, options, sampler, limit)
-        if limit == 0:  # num_predict 0: the prompt is not even read
+        seq = self._sequence(list(tokens), options, extras)
+        if seq.limit == 0:  # num_predict 0: the prompt is not even read
             seq.done_reason = "length"
             seq.finish()
-            return Stream(self, seq, gone)
+            return Stream(self, seq, extras.gone)
         with self._changed:
             if self._closed:
                 raise _unloaded()
             self._scheduler.add(seq)
             self._changed.notify()
-        return Stream(self, seq, gone)
+        return Stream(self, seq, extras.gone)
+
+    def _sequence(self, whole: list[int], options: Options, extras: Extras) -> Sequence:
+        n_ctx = limits.context(options, self.net.n_ctx)
+        keep = limits.keep(whole, options, n_ctx, self.marks.bos)
+        prompt = limits.cut(whole, keep, n_ctx) if extras.truncate else whole
+        sampler = Sampler(
+            options, prompt, n_ctx=n_ctx, newline=self.marks.newline, on_stage=extras.on_stage
+        )
+        return Sequence(
+            prompt,
+            options,
+            sampler,
+            limit=limits.answer(len(prompt), options, n_ctx, shift=extras.shift),
+            n_ctx=n_ctx,
+            keep=keep,
+            dropped=len(whole) - len(prompt),
+            logprobs=extras.logprobs,
+        )
+
+    def forget(self) -> None:
+        """Let no later prompt find its beginning in the cache."""
+        with self._changed:
+            self._scheduler.slots.forget()
 
     def cancel(self, seq: Sequence) -> None:
         """The sequence is not wanted any more; nothing happens if it has ended already."""
@@ -128,6 +139,8 @@ class Engine:
                 self._dismiss()
                 if self._closed:
                     return None
+                if self._scheduler.can_admit:
+                    self._scheduler.slots.trust(state(self.net))
                 for seq in self._scheduler.admit():
                     self._welcome(seq)
                 self._dismiss()
@@ -138,7 +151,7 @@ class Engine:
     def _welcome(self, seq: Sequence) -> None:
         assert seq.slot is not None
         try:
-            self._cache.clear(seq.slot)
+            self._cache.clear(seq.slot, seq.cached)
         except Exception as error:
             log.exception("a slot of the cache could not be cleared")
             seq.fail(_because(error))
@@ -156,27 +169,56 @@ class Engine:
     @torch.no_grad()
     def _forward(self, step: list[Sequence]) -> None:
         """One step of the model for one reader or all writers."""
+        for seq in step:
+            if seq.full:
+                self._shift(seq)
         tokens = [seq.next_tokens(seq.options.num_batch) for seq in step]
         width = len(tokens[0])
-        starts = torch.tensor([seq.seen for seq in step])
+        starts = torch.tensor([seq.length for seq in step])
         positions = starts[:, None] + torch.arange(width)  # (B, T)
         slots = [seq.slot for seq in step if seq.slot is not None]
-        logits = self.net(
-            torch.tensor(tokens, device=self.net.device),
-            positions.to(self.net.device),
-            self._cache.rows(slots, int(positions.max()) + 1),
-        )
+        with threads(max(seq.options.num_thread for seq in step)):
+            logits = self.net(
+                torch.tensor(tokens, device=self.net.device),
+                positions.to(self.net.device),
+                self._cache.rows(slots, int(positions.max()) + 1),
+            )
         for seq, row in zip(step, logits, strict=True):
-            seq.seen += width
+            seq.seen(width)
             if not seq.reading:
                 self._choose(seq, row)
+
+    def _shift(self, seq: Sequence) -> None:
+        """Its context is full: what follows the kept tokens is forgotten, the rest moves up."""
+        assert seq.slot is not None
+        dropped = limits.discard(seq.keep, seq.n_ctx)
+        self.net.forget(self._cache, seq.slot, seq.keep, seq.keep + dropped, seq.length)
+        seq.length -= dropped
+        seq.shifted = True
 
     def _choose(self, seq: Sequence, logits: Tensor) -> None:
         """Draw its next token. What is wrong with its logits ends it, and nobody else."""
         try:
-            seq.take(seq.sampler(logits), self.eos)
+            seq.choose(logits, self.marks.eos)
         except Exception as error:
             seq.fail(error)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch's products; 0 = as many as it has chosen itself.
+
+    Torch keeps that number for the whole process: two models that want different ones take turns.
+    """
+    before = torch.get_num_threads()
+    if count in (0, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _unloaded() -> Stopping:

@@ -22,17 +22,24 @@ def generate(
     options: Options,
     *,
     eos: Collection[int] = (),
+    bos: int | None = None,
     newline: int | None = None,
 ) -> Iterator[int]:
     """Token ids that follow the prompt, until the model ends, or the limit is reached.
 
-    The end token itself is not among them. Raises: PromptTooLong.
+    The end token itself is not among them. A prompt that does not fit is cut.
     """
-    cache = net.new_cache(dtype=torch.float16 if options.f16_kv else torch.float32)
     n_ctx = limits.context(options, net.n_ctx)
+    keep = limits.keep(prompt, options, n_ctx, bos)
+    prompt = limits.cut(prompt, keep, n_ctx)
+    cache = net.new_cache(dtype=torch.float16 if options.f16_kv else torch.float32)
     sampler = Sampler(options, prompt, n_ctx=n_ctx, newline=newline)
     tokens, position = list(prompt), 0  # what the model has not seen yet, and where that begins
-    for _ in range(limits.answer(len(prompt), options, net.n_ctx)):
+    for _ in range(limits.answer(len(prompt), options, n_ctx, shift=True)):
+        if position == n_ctx:  # full: forget what follows the kept tokens
+            dropped = limits.discard(keep, n_ctx)
+            net.forget(cache, 0, keep, keep + dropped, position)
+            position -= dropped
         end = position + len(tokens)
         with torch.no_grad():
             logits = net(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 
 from refollama.engine.sequence import Sequence
+from refollama.engine.slots import Slots
 from refollama.errors import ServerBusy
 
 
@@ -18,7 +19,7 @@ class Scheduler:
     """Sequences that wait and sequences that hold a slot; no model, no thread, no clock."""
 
     def __init__(self, slots: int, max_queue: int) -> None:
-        self.free = list(reversed(range(slots)))  # so that slot 0 is taken first
+        self.slots = Slots(slots)
         self.max_queue = max_queue
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -30,12 +31,18 @@ class Scheduler:
             raise ServerBusy(f"the server is busy: {self.max_queue} requests are waiting already")
         self.waiting.append(seq)
 
+    @property
+    def can_admit(self) -> bool:
+        """Is there somebody who waits, and a slot for them?"""
+        return bool(self.slots and self.waiting)
+
     def admit(self) -> list[Sequence]:
         """Give the free slots to those who wait longest; returns the newcomers."""
         new = []
-        while self.free and self.waiting:
+        while self.can_admit:
             seq = self.waiting.popleft()
-            seq.slot = self.free.pop()
+            seq.slot, seq.cached = self.slots.take(seq.prompt)
+            seq.seen(seq.cached)
             self.running.append(seq)
             new.append(seq)
         return new
@@ -55,5 +62,7 @@ class Scheduler:
         done = [seq for seq in (*self.running, *self.waiting) if seq.done]
         self.running = [seq for seq in self.running if not seq.done]
         self.waiting = deque(seq for seq in self.waiting if not seq.done)
-        self.free += [seq.slot for seq in done if seq.slot is not None]
+        for seq in done:
+            if seq.slot is not None:
+                self.slots.give_back(seq.slot, [] if seq.done_reason == "error" else seq.held)
         return done

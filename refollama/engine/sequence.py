@@ -4,10 +4,50 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from refollama.options import Options
-from refollama.sampling.chain import Sampler
+from refollama.sampling.chain import Sampler, Watch
+
+
+def never() -> bool:
+    """Nobody ever goes: what `gone` is where nobody can."""
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The tokens that mean something to the engine itself."""
+
+    eos: frozenset[int] = frozenset()  # each of them ends an answer
+    bos: int | None = None  # is kept when the context is full
+    newline: int | None = None  # is spared by `penalize_newline` false
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What may be asked of an answer besides its options."""
+
+    gone: Callable[[], bool] = never  # asked now and then: is nobody there to hear it?
+    truncate: bool = True  # a prompt that does not fit is cut; else it is an error
+    shift: bool = True  # when the context is full, forget part of it and go on
+    logprobs: int | None = None  # note each token's log-probability, and that of the best so many
+    on_stage: Watch | None = None  # is shown what each stage of the sampler does
+
+
+NO_MARKS, NO_EXTRAS = Marks(), Extras()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely the model thought a token, before any stage of the sampler.  Units: nats."""
+
+    id: int
+    logprob: float
+    best: tuple[tuple[int, float], ...] = ()  # ids and log-probabilities, the likeliest first
 
 
 class End:
@@ -25,9 +65,17 @@ class Sequence:
     options: Options
     sampler: Sampler
     limit: int  # tokens that may be drawn
+    n_ctx: int  # tokens that its context holds
+    keep: int = 0  # of those, so many stay when the context is full
+    dropped: int = 0  # tokens by which the prompt was cut
+    logprobs: int | None = None  # see Extras
 
-    seen: int = 0  # tokens that are in the cache
+    read: int = 0  # tokens of the prompt that the model has seen
+    length: int = 0  # places of the cache that are taken
+    cached: int = 0  # tokens of the prompt that were there already
+    shifted: bool = False  # has part of its context been forgotten?
     answer: list[int] = field(default_factory=list)
+    likely: list[Logprob] = field(default_factory=list)  # of each token drawn, the end token too
     slot: int | None = None
     cancelled: bool = False
     done_reason: str = ""  # "stop": the model ended; "length": the limit did; "" while running
@@ -40,23 +88,46 @@ class Sequence:
     @property
     def reading(self) -> bool:
         """Is its prompt still being read?"""
-        return self.seen < len(self.prompt)
+        return self.read < len(self.prompt)
+
+    @property
+    def full(self) -> bool:
+        """Is there no place left for the token that was just drawn?"""
+        return not self.reading and self.length == self.n_ctx
 
     @property
     def done(self) -> bool:
         """Has it ended, or is it not wanted any more?"""
         return bool(self.done_reason) or self.cancelled
 
+    @property
+    def held(self) -> list[int]:
+        """The tokens whose keys and values are what a fresh reading would give.
+
+        After a shift only the kept ones are: the others have met tokens that are gone.
+        """
+        if self.shifted:
+            return self.prompt[: self.keep]
+        return (self.prompt + self.answer)[: self.length]
+
     def next_tokens(self, most: int) -> list[int]:
         """What the model must see next: some of the prompt, or the token just drawn."""
         if self.reading:
-            return self.prompt[self.seen : self.seen + most]
+            return self.prompt[self.read : self.read + most]
         return self.answer[-1:]
 
-    def take(self, token: int, eos: frozenset[int]) -> None:
-        """The sampler drew this: hand it out, and see whether it was the last."""
+    def seen(self, count: int) -> None:
+        """The model has seen so many more tokens."""
+        self.length += count
+        self.read = min(self.read + count, len(self.prompt))
+
+    def choose(self, logits: Tensor, eos: frozenset[int]) -> None:
+        """Draw the next token, hand it out, and see whether it was the last.  (V,) →"""
+        token = self.sampler(logits)
         now = time.perf_counter_ns()
         self.prompt_read = self.prompt_read or now
+        if self.logprobs is not None:
+            self.likely.append(logprob(logits, token, self.logprobs))
         if token in eos:
             self.done_reason = "stop"
             return
@@ -74,3 +145,11 @@ class Sequence:
         """Nothing more will come."""
         self.ended = time.perf_counter_ns()
         self.outbox.put(End(error))
+
+
+def logprob(logits: Tensor, token: int, count: int) -> Logprob:
+    """The log-probability of a token, and the `count` best ones.  (V,) →"""
+    values = logits.to("cpu").double().log_softmax(0)
+    best = values.topk(min(count, len(values)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Logprob(token, float(values[token]), tuple(pairs))

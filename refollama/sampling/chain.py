@@ -4,14 +4,17 @@
               → mirostat 1 or 2:  temperature → mirostat → draw
               → otherwise:        top_k → tfs_z → typical_p → top_p → min_p → temperature → draw
 
-Temperature comes last, so the filters see the model's own probabilities.
+Temperature comes last, so the filters see the model's own probabilities. The papers stand with the
+functions, in `filters.py` and `mirostat.py`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,7 +26,21 @@ from refollama.sampling import filters
 from refollama.sampling.mirostat import Mirostat
 
 Stage = tuple[str, Callable[[Tensor], Tensor]]
-Watch = Callable[[str, Tensor], None]  # name of the stage, logits (V,) after it
+Watch = Callable[[str, "Candidates"], None]  # name of the stage, what it left
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a stage left of the vocabulary.  Shapes: n candidates, m dropped ones."""
+
+    ids: Tensor  # (n,), the likeliest first; of equals, the lower id
+    logits: Tensor  # (n,) float32
+    dropped: Tensor  # (m,), ids that were candidates before this stage
+
+    @property
+    def probs(self) -> Tensor:
+        """Their probabilities, as if the draw came now: (n,) float64."""
+        return self.logits.double().softmax(0)
 
 
 class Sampler:
@@ -31,7 +48,8 @@ class Sampler:
 
     It remembers the generator of its chances, the last tokens, for the penalties (`n_ctx` is how
     many if `repeat_last_n` is -1; None: all), and what mirostat has learned.
-    `on_stage`, if given, is shown what each stage made of the logits.
+    `on_stage(name, candidates)`, if given, is shown the model's "logits", what each stage left of
+    them, and the "draw"; it costs nothing when nobody watches.
     Raises: RefollamaError when the model's output is not a number.
     """
 
@@ -59,13 +77,23 @@ class Sampler:
         logits = logits.to("cpu", torch.float32)
         if not logits.isfinite().all():
             raise RefollamaError("the model's output is not a number: the weights may be damaged")
+        self._show("logits", logits, logits)
         for name, stage in self._stages:
-            logits = stage(logits)
-            if self.on_stage is not None:
-                self.on_stage(name, logits)
+            before, logits = logits, stage(logits)
+            self._show(name, before, logits)
         token = self._chosen(logits)
+        if self.on_stage is not None:
+            self._show("draw", logits, filters.only(logits, [token]))
         self.window.append(token)
         return token
+
+    def _show(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Let the watcher see what a stage did, if there is one."""
+        if self.on_stage is None:
+            return
+        ids, _ = filters.candidates(after)
+        dropped = ((before > -math.inf) & (after == -math.inf)).nonzero().flatten()
+        self.on_stage(name, Candidates(ids, after[ids], dropped))
 
     def _chosen(self, logits: Tensor) -> int:
         if self.options.temperature <= 0:

@@ -39,7 +39,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     """Keep exactly the k best candidates, even among equals; k ≤ 0 keeps all.  (V,) → (V,)"""
     if not 0 < k < len(logits):
         return logits
-    return _keep(logits, logits.topk(k).indices)
+    return only(logits, logits.topk(k).indices)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
@@ -53,7 +53,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     ids, probs = candidates(logits)
     before = probs.cumsum(0) - probs  # the mass of those that are better
     kept = int((before < p - ROUNDING).sum())
-    return _keep(logits, ids[: max(kept, 1)])
+    return only(logits, ids[: max(kept, 1)])
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
@@ -82,7 +82,7 @@ def typical_p(logits: Tensor, p: float) -> Tensor:
     order = (surprise - expected).abs().argsort(stable=True)
     before = probs[order].cumsum(0) - probs[order]
     kept = int((before <= p + ROUNDING).sum())
-    return _keep(logits, ids[order[: max(kept, 1)]])
+    return only(logits, ids[order[: max(kept, 1)]])
 
 
 def tfs_z(logits: Tensor, z: float) -> Tensor:
@@ -104,7 +104,7 @@ def tfs_z(logits: Tensor, z: float) -> Tensor:
     crossed = weights.cumsum(0) > z
     crossed[0] = False  # at least one candidate stays
     kept = int(crossed.double().argmax()) if crossed.any() else len(ids)
-    return _keep(logits, ids[:kept])
+    return only(logits, ids[:kept])
 
 
 def temperature(logits: Tensor, t: float) -> Tensor:
@@ -127,7 +127,8 @@ def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, logits[ids].double().softmax(0)
 
 
-def _keep(logits: Tensor, ids: Tensor) -> Tensor:
+def only(logits: Tensor, ids: Tensor | list[int]) -> Tensor:
+    """Drop all candidates but these.  (V,) → (V,)"""
     out = torch.full_like(logits, -math.inf)
     out[ids] = logits[ids]
     return out

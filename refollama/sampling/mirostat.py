@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from refollama.sampling.filters import candidates
+from refollama.sampling.filters import candidates, only
 
 ESTIMATED_FROM = 100  # the best so many candidates tell how steep the distribution is
 
@@ -34,9 +34,7 @@ class Mirostat:
         """Keep the candidates that mu allows, at least the best one.  (V,) → (V,)"""
         ids, probs = candidates(logits)
         kept = self._by_surprise(probs) if self.version == 2 else self._by_zipf(probs, len(logits))
-        out = torch.full_like(logits, -math.inf)
-        out[ids[:kept]] = logits[ids[:kept]]
-        return out
+        return only(logits, ids[:kept])
 
     def learn(self, probability: float) -> None:
         """A token of this probability, among those that were kept, has been drawn."""

@@ -28,14 +28,23 @@ class FakeNet:
         mixed = (past * seen * (torch.arange(cache.length) + 1)).sum(-1)
         return torch.nn.functional.one_hot((mixed.long() * 31 + 7) % V, V).float() * 50
 
-    def new_cache(self, slots=1, dtype=torch.float32):
-        self.cache = KVCache(1, 1, 1, slots=slots, dtype=dtype)
+    def new_cache(self, slots=1, dtype=torch.float32, device=None):
+        self.cache = KVCache([(1, 1, 1)], slots=slots, dtype=dtype)
         return self.cache
+
+    def forget(self, cache, slot, start, stop, end):
+        for tensor in (*cache.keys, *cache.values):
+            tensor[slot, :, start : start + end - stop] = tensor[slot, :, stop:end].clone()
+            tensor[slot, :, start + end - stop :] = 0
 
 
 def expected(prompt, n):
     """The same function in plain Python."""
     tokens = list(prompt)
     for _ in range(n):
-        tokens.append((sum(t * (i + 1) for i, t in enumerate(tokens)) * 31 + 7) % V)
+        tokens.append(following(tokens))
     return tokens[len(prompt) :]
+
+
+def following(tokens):
+    return (sum(t * (i + 1) for i, t in enumerate(tokens)) * 31 + 7) % V

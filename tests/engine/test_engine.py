@@ -4,13 +4,14 @@ import threading
 import time
 
 import pytest
+import torch
 
 from refollama.engine.engine import Engine
 from refollama.engine.generate import generate
-from refollama.engine.sequence import End
+from refollama.engine.sequence import End, Extras, Marks
 from refollama.errors import Abandoned, BadRequest, PromptTooLong, RefollamaError, ServerBusy
 from refollama.options import Options
-from tests.engine.fake import FakeNet, expected
+from tests.engine.fake import FakeNet, V, expected, following
 
 GREEDY = Options(temperature=0, repeat_penalty=1.0, f16_kv=False, num_predict=20)
 
@@ -21,8 +22,10 @@ FOREVER = GREEDY.updated({"num_predict": -1, "num_ctx": 0})
 def engine():
     engines = []
 
-    def make(net=None, **how):
-        engines.append(Engine(net or FakeNet(), f16_kv=False, **how))
+    def make(net=None, *, slots=1, eos=(), bos=None, **how):
+        net = net or FakeNet()
+        marks = Marks(eos=frozenset(eos), bos=bos)
+        engines.append(Engine(net, net.new_cache(slots), marks, **how))
         return engines[-1]
 
     yield make
@@ -42,17 +45,19 @@ def test_the_textbook_loop_computes_the_net():
 
 
 @pytest.mark.parametrize("options", [GREEDY, GREEDY.updated({"temperature": 60, "seed": 4})])
-def test_the_engine_gives_the_tokens_of_the_textbook_loop(engine, options):
+def test_the_engine_gives_the_tokens_of_the_textbook_loop(engine, options, measured):
     prompt = [5, 6, 7]
     assert list(engine().stream(prompt, options)) == list(generate(FakeNet(), prompt, options))
+    measured("determinism", "engine or plain loop", "textbook loop", "equal")
 
 
 @pytest.mark.parametrize("num_batch", [1, 2, 3, 512])
-def test_reading_the_prompt_in_parts_changes_nothing(engine, num_batch):
+def test_reading_the_prompt_in_parts_changes_nothing(engine, num_batch, measured):
     net = FakeNet()
     options = GREEDY.updated({"num_batch": num_batch})
     assert list(engine(net).stream(range(1, 8), options)) == expected(range(1, 8), 20)
     assert max(width for _, width in net.steps) == min(num_batch, 7)
+    measured("options", "num_batch", "definition", "equal")
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
@@ -94,15 +99,22 @@ def test_running_answers_go_on_while_a_long_prompt_is_read(engine):
 
 @pytest.mark.parametrize(
     ("num_predict", "num_ctx", "count"),
-    [(0, 0, 0), (1, 0, 1), (20, 0, 20), (-1, 10, 8), (-2, 10, 8), (20, 10, 8), (-1, 0, 510)],
+    [(0, 0, 0), (1, 0, 1), (20, 0, 20), (-1, 10, 100), (-2, 10, 8), (20, 10, 20), (-2, 0, 510)],
 )
-def test_num_predict_is_exact_and_the_context_is_filled(engine, num_predict, num_ctx, count):
-    """Three tokens of prompt and n of answer: the last one needs no place of its own."""
+def test_num_predict_is_exact_and_the_context_is_filled(
+    engine, num_predict, num_ctx, count, measured
+):
+    """Three tokens of prompt and n of answer: the last one needs no place of its own.
+
+    -2 stops when the context is full, -1 when ten contexts have been written.
+    """
     options = GREEDY.updated({"num_predict": num_predict, "num_ctx": num_ctx})
     stream = engine().stream([1, 2, 3], options)
     assert len(list(stream)) == count
     assert stream.sequence.done_reason == "length"
     assert len(list(generate(FakeNet(), [1, 2, 3], options))) == count
+    for name in ("num_predict", "num_ctx"):
+        measured("options", name, "definition", "equal")
 
 
 def test_the_end_token_ends_and_is_not_shown(engine):
@@ -153,7 +165,7 @@ def test_a_reader_that_is_gone_is_noticed_while_nothing_comes(engine):
     one = engine(FakeNet(n_ctx=10**6), slots=1)
     first = one.stream([1], FOREVER)
     next(first)
-    waiting = one.stream([2], GREEDY, gone=lambda: True)
+    waiting = one.stream([2], GREEDY, Extras(gone=lambda: True))
     with pytest.raises(Abandoned):
         next(waiting)
     wait_until(lambda: one.active == 1)
@@ -211,7 +223,7 @@ def test_a_cache_that_cannot_be_cleared_fails_its_sequence_and_not_the_engine(en
     net = FakeNet()
     one = engine(net)
 
-    def broken(slot):
+    def broken(slot, start):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(net.cache, "clear", broken)
@@ -266,12 +278,25 @@ def test_closing_the_engine_ends_the_running_and_refuses_the_next(engine):
         one.stream([1], GREEDY)
 
 
-@pytest.mark.parametrize(("prompt", "error"), [([1] * 513, PromptTooLong), ([], BadRequest)])
-def test_prompts_that_cannot_be_run(engine, prompt, error):
-    with pytest.raises(error):
-        engine().stream(prompt, GREEDY.updated({"num_ctx": 0}))
-    with pytest.raises(error):
-        list(generate(FakeNet(), prompt, GREEDY.updated({"num_ctx": 0})))
+def test_prompts_that_cannot_be_run(engine):
+    with pytest.raises(BadRequest, match="empty"):
+        engine().stream([], GREEDY)
+    with pytest.raises(BadRequest, match="empty"):
+        list(generate(FakeNet(), [], GREEDY))
+    with pytest.raises(PromptTooLong, match=r"513 tokens.* 512"):
+        engine().stream([1] * 513, GREEDY, Extras(truncate=False))
+
+
+@pytest.mark.parametrize(("num_keep", "bos"), [(0, None), (0, 1), (4, None), (-1, 1)])
+def test_a_prompt_that_is_too_long_is_cut(engine, num_keep, bos):
+    prompt = list(range(1, 60))
+    options = GREEDY.updated({"num_ctx": 16, "num_keep": num_keep})
+    stream = engine(bos=bos).stream(prompt, options)
+    answer, seq = list(stream), stream.sequence
+    assert answer == list(generate(FakeNet(), prompt, options, bos=bos))
+    assert answer == shifted(seq.prompt, 20, 16, seq.keep)
+    assert seq.dropped + len(seq.prompt) == 59 and len(seq.prompt) <= 16
+    assert seq.prompt == prompt[: seq.keep] + prompt[seq.keep + seq.dropped :]
 
 
 def test_times_are_taken_in_order(engine):
@@ -289,3 +314,154 @@ def test_nothing_of_the_last_sequence_is_left_in_its_slot(engine):
     net.cache.keys[0].fill_(float("inf"))
     assert list(one.stream([4], GREEDY)) == expected([4], 20)
     assert not net.cache.keys[0].isinf().any()
+
+
+# ── when the context is full ──────────────────────────────────────────────────────────────────
+
+
+def shifted(prompt, n, n_ctx, keep):
+    """The fake net with a full context, in plain Python: a list from which the middle is cut."""
+    past, answer = list(prompt), list[int]()
+    while len(answer) < n:
+        answer.append(following(past))
+        if len(past) == n_ctx:
+            del past[keep : keep + (n_ctx - keep) // 2]
+        past.append(answer[-1])
+    return answer
+
+
+@pytest.mark.parametrize(("num_keep", "bos", "keep"), [(0, None, 0), (0, 5, 1), (3, None, 3)])
+def test_a_full_context_forgets_what_follows_the_kept(engine, num_keep, bos, keep, measured):
+    options = GREEDY.updated({"num_ctx": 10, "num_predict": 60, "num_keep": num_keep})
+    expected = shifted([5, 6, 7], 60, 10, keep)
+    assert list(engine(bos=bos).stream([5, 6, 7], options)) == expected
+    assert list(generate(FakeNet(), [5, 6, 7], options, bos=bos)) == expected
+    measured("options", "num_keep", "definition", "equal")
+
+
+def test_neighbours_shift_each_for_itself(engine):
+    one = engine(slots=3)
+    sizes = {9: 1, 12: 2, 10: 5}
+    streams = {
+        n_ctx: one.stream(range(1, n + 1), GREEDY.updated({"num_ctx": n_ctx, "num_predict": 40}))
+        for n_ctx, n in sizes.items()
+    }
+    for n_ctx, stream in streams.items():
+        assert list(stream) == shifted(range(1, sizes[n_ctx] + 1), 40, n_ctx, 0)
+
+
+def test_without_shift_the_answer_ends_when_the_context_is_full(engine):
+    stream = engine().stream([1, 2, 3], GREEDY.updated({"num_ctx": 10}), Extras(shift=False))
+    assert list(stream) == expected([1, 2, 3], 8)
+    assert stream.sequence.done_reason == "length" and not stream.sequence.shifted
+
+
+# ── what is in the cache already ──────────────────────────────────────────────────────────────
+
+
+def read_tokens(net):
+    return sum(rows * width for rows, width in net.steps)
+
+
+def test_a_common_beginning_is_not_read_again(engine):
+    net = FakeNet()
+    one = engine(net)
+    first = one.stream([1, 2, 3, 4], GREEDY)
+    turn = [1, 2, 3, 4, *first, 9, 9]
+    assert first.sequence.cached == 0
+    before = read_tokens(net)
+    second = one.stream(turn, GREEDY)
+    assert list(second) == expected(turn, 20)
+    # All but the last token of the answer, which was drawn and never read, and the new turn.
+    assert second.sequence.cached == 4 + 19
+    assert read_tokens(net) - before == 3 + 19
+
+
+def test_the_same_prompt_reads_one_token(engine):
+    one = engine()
+    prompt = list(range(1, 9))
+    answers = [one.stream(prompt, GREEDY) for _ in range(3)]
+    assert [list(answer) for answer in answers] == [expected(prompt, 20)] * 3
+    assert [answer.sequence.cached for answer in answers] == [0, 7, 7]
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_conversations_that_take_turns_keep_their_slots(engine, slots):
+    one = engine(slots=slots)
+    talks = {1: [1, 1, 1], 2: [2, 2, 2]}
+    cached = []
+    for _ in range(3):
+        for talk in talks.values():
+            stream = one.stream(list(talk), GREEDY)
+            answer = list(stream)
+            assert answer == expected(talk, 20)
+            cached.append(stream.sequence.cached)
+            talk += [*answer, 7]
+    assert cached == ([0] * 6 if slots == 1 else [0, 0, 22, 22, 43, 43])
+
+
+def test_what_has_met_forgotten_tokens_is_not_used_again(engine):
+    """After a shift only the kept tokens are what a fresh reading would give."""
+    one = engine()
+    options = GREEDY.updated({"num_ctx": 10, "num_keep": 2, "num_predict": 30})
+    list(one.stream([5, 6, 7], options))
+    prompt = [5, 6, *range(1, 9)]
+    again = one.stream(prompt, GREEDY)
+    assert list(again) == expected(prompt, 20) and again.sequence.cached == 2
+
+
+def test_a_sequence_that_failed_leaves_nothing_to_use(engine):
+    def fail(tokens):
+        if int(tokens[0, -1]) == 66:
+            raise RuntimeError("out of memory")
+
+    one = engine(FakeNet(before_step=fail))
+    with pytest.raises(RefollamaError):
+        list(one.stream([1, 2, 3, 66], GREEDY.updated({"num_batch": 3})))
+    after = one.stream([1, 2, 3, 4], GREEDY)
+    assert list(after) == expected([1, 2, 3, 4], 20) and after.sequence.cached == 0
+
+
+def test_one_that_was_cancelled_leaves_what_it_had_read(engine):
+    net = FakeNet(n_ctx=10**6)
+    one = engine(net)
+    with one.stream([1, 2, 3], FOREVER) as endless:
+        next(endless)
+    after = one.stream([1, 2, 3, 4], GREEDY)
+    assert list(after) == expected([1, 2, 3, 4], 20) and after.sequence.cached == 3
+
+
+def test_forget_lets_nothing_be_found(engine):
+    one = engine()
+    list(one.stream([1, 2, 3], GREEDY))
+    one.forget()
+    again = one.stream([1, 2, 3], GREEDY)
+    list(again)
+    assert again.sequence.cached == 0
+
+
+# ── what else may be asked ────────────────────────────────────────────────────────────────────
+
+
+def test_logprobs_of_every_token_and_of_the_end(engine):
+    answer = expected([3], 20)
+    stop = answer[6]
+    stream = engine(eos=[stop]).stream(
+        [3], GREEDY.updated({"temperature": 60, "top_k": 1}), Extras(logprobs=3)
+    )
+    drawn = list(stream)
+    noted = stream.sequence.likely
+    assert [one.id for one in noted] == [*drawn, stop]
+    whole = torch.nn.functional.one_hot(torch.tensor(noted[0].id), V).double() * 50
+    assert noted[0].logprob == pytest.approx(float(whole.log_softmax(0)[noted[0].id]))
+    assert [len(one.best) for one in noted] == [3] * len(noted)
+    assert all(one.best[0] == (one.id, one.logprob) for one in noted)
+
+
+def test_num_thread_holds_for_the_steps_of_that_model(engine, measured):
+    before, seen = torch.get_num_threads(), []
+    one = engine(FakeNet(before_step=lambda tokens: seen.append(torch.get_num_threads())))
+    list(one.stream([1], GREEDY.updated({"num_thread": before + 1})))
+    list(one.stream([1], GREEDY))
+    assert seen == [before + 1] * 20 + [before] * 20
+    measured("options", "num_thread", "definition", "equal", len(seen))

@@ -1,0 +1,58 @@
+"""Which place of the cache does a sequence get, and what of its prompt is there already?
+
+    slot 0   You are a helpful … | Why is the sky … | Because …      ← the next turn goes here:
+    slot 1   Once upon a time                                          only its end must be read
+
+A slot remembers the tokens whose keys and values it holds, also after their sequence has ended.
+What a new prompt shares with them, from the beginning on, need not be read again. That is no
+approximation: a token's keys depend on the tokens before it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+
+class Slots:
+    """The free slots of a cache and what each still holds; no model, no thread."""
+
+    def __init__(self, count: int) -> None:
+        self._free: dict[int, list[int]] = {slot: [] for slot in range(count)}  # oldest first
+        self._net: Hashable = None  # what the net was when these tokens were read
+
+    def __bool__(self) -> bool:
+        return bool(self._free)
+
+    def take(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The free slot that holds most of this prompt, and how many of its tokens that are.
+
+        At least one token is left to read: it is what the first draw needs. Of equals, the slot
+        that was left longest ago is given away.
+        """
+        shared = {slot: common(tokens, prompt[:-1]) for slot, tokens in self._free.items()}
+        slot = max(shared, key=lambda each: shared[each])
+        del self._free[slot]
+        return slot, shared[slot]
+
+    def give_back(self, slot: int, tokens: Sequence[int] = ()) -> None:
+        """The slot is free again, and holds these tokens."""
+        self._free[slot] = list(tokens)
+
+    def forget(self) -> None:
+        """Nothing that is held may be used any more."""
+        for tokens in self._free.values():
+            tokens.clear()
+
+    def trust(self, net: Hashable) -> None:
+        """Forget everything if the net is not what it was (see `net.state`)."""
+        if net is None or net != self._net:
+            self.forget()
+        self._net = net
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences share from their beginning on."""
+    for at, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return at
+    return min(len(a), len(b))
