@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run serve test test-slow lint types format bench notebooks clean
+.PHONY: help setup run serve test test-slow fidelity lint types format bench notebooks clean
 
 help:  ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile \
@@ -25,6 +25,9 @@ test: $(VENV)/.test  ## the tests that a commit must pass; a few minutes
 
 test-slow: $(VENV)/.test  ## the long tests: real processes, thousands of damaged files
 	$(BIN)/python -m pytest -m slow
+
+fidelity: $(VENV)/.test  ## measure every deviation again, and write docs/fidelity.md
+	$(BIN)/python -m pytest -m "" --fidelity=docs/fidelity.md
 
 lint: $(VENV)/.test  ## style and layout, by ruff
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def measure(path: Path, seed: int) -> tuple[float, float, float, float]:
     rng = torch.Generator().manual_seed(seed)
     prompt = torch.randint(259, VOCABULARY, (PROMPT,), generator=rng).tolist()
     options = refollama.Options(num_predict=ANSWER, temperature=0, repeat_penalty=1.0)
-    with llm.engine().stream(prompt, options) as ids:
+    with llm.start(prompt, options) as ids:
         for _ in ids:
             pass
     seq = ids.sequence

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from refollama.create import create
-from refollama.engine.engine import MAX_QUEUE, never
+from refollama.engine.engine import MAX_QUEUE
+from refollama.engine.sequence import Extras, never
 from refollama.errors import BadRequest, NotFound, ServerBusy
-from refollama.loaded import Chunks, LoadedModel, LoadedModels, runnable
+from refollama.loaded import Chunks, LoadedModel, runnable
 from refollama.messages import Chunk, Create, Generate, Progress
 from refollama.options import Options
 from refollama.paths import is_path
+from refollama.shelf import LoadedModels
 from refollama.store import ModelEntry, Name, Store
 from refollama.text.prompt import render_generate
 from refollama.weights.gguf import is_gguf
+
+MOST_LOGPROBS = 20  # alternatives to each token, as in Ollama
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +93,19 @@ class Service:
         files = self.find(ask.model)
         options = Options().updated(files.parameters)
         options = options.updated(ask.options, strict=ask.strict)
-        with self._place(), self.loaded.lease(files.weights, gone) as model:
+        with self._place(), self.loaded.lease(files.weights, options, gone) as model:
             loading = time.perf_counter_ns() - start
             if not ask.prompt:
                 yield Chunk(done=True, done_reason="load")
                 return
+            extras = Extras(
+                gone=gone,
+                truncate=ask.truncate,
+                shift=ask.shift,
+                logprobs=ask.top_logprobs if ask.logprobs else None,
+            )
             tokens = _tokens(model, files, ask, options)
-            with closing(model.answer(tokens, options, gone)) as chunks:
+            with closing(model.answer(tokens, options, extras)) as chunks:
                 for chunk in chunks:
                     yield _finished(chunk, ask, start, loading) if chunk.done else chunk
 
@@ -130,6 +140,8 @@ class Service:
 def _check(ask: Generate) -> None:
     if not ask.model:
         raise BadRequest("model is required")
+    if not 0 <= ask.top_logprobs <= MOST_LOGPROBS:
+        raise BadRequest(f"top_logprobs must be between 0 and {MOST_LOGPROBS}")
     if ask.raw and (ask.template or ask.system or ask.context):
         raise BadRequest("raw mode does not support template, system, or context")
 
@@ -143,6 +155,7 @@ def _tokens(model: LoadedModel, files: Runnable, ask: Generate, options: Options
         system=ask.system or files.system,
         prompt=ask.prompt,
         first=not ask.context,
+        guard=model.tokenizer.guard,
     )
     return model.tokens(text, ask.context, options=options)
 

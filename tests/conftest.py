@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.fidelity"]
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):

@@ -159,7 +159,7 @@ def test_all_options_travel(server):
         ("temprature=0", "unknown parameter 'temprature'; known are: "),
         ("seed=x", "'seed' must be an integer, not 'x'"),
         ("top_p=2", "'top_p' must be between 0 and 1"),
-        ("numa=true", "'numa' has no effect in this version"),
+        ("num_thread=5000", "'num_thread' must be between 0 and 1024"),
     ],
 )
 def test_a_bad_option_is_told_before_anything_is_asked(server, setting, sentence):

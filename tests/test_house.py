@@ -18,6 +18,7 @@ FLOORS = [
     {"models", "engine"},
     {"fast", "trace"},
     {"loaded", "create"},
+    {"shelf"},
     {"service"},
     {"server"},
     {"client", "terminal", "private_server", "cli"},

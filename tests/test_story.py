@@ -26,10 +26,11 @@ def llm(oracles):
 
 
 @pytest.mark.parametrize("f16_kv", [True, False])
-def test_from_nothing_but_bos(llm, story, f16_kv):
+def test_from_nothing_but_bos(llm, story, f16_kv, measured):
     options = GREEDY | {"num_predict": DRAWN, "f16_kv": f16_kv}
     text, record = llm.generate("", options=options)
     assert text == story
+    measured("models", "stories260K", "published story", "equal", DRAWN)
     assert record.stats.prompt_eval_count == 1 and record.stats.eval_count == DRAWN
     assert len(record.context) == DRAWN + 1
     assert "".join(llm.stream("", options=options)) == story

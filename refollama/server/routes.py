@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from flask import Blueprint, Response, current_app, request
 
-from refollama.engine.engine import never
+from refollama.engine.sequence import never
 from refollama.errors import RefollamaError
 from refollama.messages import Chunk, Progress
 from refollama.server import wire
@@ -116,6 +116,7 @@ def whole(chunks: Iterator[Chunk]) -> Chunk:
         done_reason=end.done_reason,
         stats=end.stats,
         context=end.context,
+        logprobs=tuple(one for chunk in (*pieces, end) for one in chunk.logprobs),
     )
 
 

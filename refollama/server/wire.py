@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from refollama.errors import BadRequest, RefollamaError
-from refollama.messages import Chunk, Create, Generate, Progress, Stats
+from refollama.messages import Chunk, Create, Generate, Progress, Stats, TokenLogprob
 from refollama.store import ModelEntry
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ NOT_YET = {
     "format": "this version has no JSON mode: format must be empty",
     "suffix": "this version cannot fill in the middle: suffix must be empty",
     "think": "this version knows no thinking models: think must be false",
-    "logprobs": "this version does not report logprobs",
 }
 NOT_YET_IN_CREATE = {
     "path": "this version takes a Modelfile's text, as modelfile, not its path",
@@ -56,6 +55,11 @@ class Body:
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._take(name, bool, "true or false")
+        return default if value is None else value
+
+    def integer(self, name: str, default: int) -> int:
+        """A whole number."""
+        value = self._take(name, int, "an integer")
         return default if value is None else value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
@@ -123,6 +127,10 @@ def read_generate(raw: bytes) -> Generate:
         options=body.mapping("options"),
         strict=body.flag("strict", False),
         raw=body.flag("raw", False),
+        truncate=body.flag("truncate", True),
+        shift=body.flag("shift", True),
+        logprobs=body.flag("logprobs", False),
+        top_logprobs=body.integer("top_logprobs", 0),
         stream=body.flag("stream", True),
     )
     body.refuse(NOT_YET)
@@ -153,6 +161,8 @@ def chunk_record(ask: Generate, chunk: Chunk) -> Record:
         "response": chunk.text,
         "done": chunk.done,
     }
+    if chunk.logprobs:
+        record["logprobs"] = [_logprob_record(one) for one in chunk.logprobs]
     if chunk.done:
         record |= {"done_reason": chunk.done_reason}
         record |= {"context": list(chunk.context)} if chunk.context else {}
@@ -160,11 +170,18 @@ def chunk_record(ask: Generate, chunk: Chunk) -> Record:
     return record
 
 
+def _logprob_record(one: TokenLogprob) -> Record:
+    record = {"token": one.token, "logprob": one.logprob, "bytes": list(one.bytes), "id": one.id}
+    return record | ({"top_logprobs": [_logprob_record(t) for t in one.top]} if one.top else {})
+
+
 def _stats_record(stats: Stats) -> Record:
     numbers = {
         "total_duration": stats.total_duration,
         "load_duration": stats.load_duration,
         "prompt_eval_count": stats.prompt_eval_count,
+        "prompt_cached_count": stats.prompt_cached_count,
+        "prompt_truncated": stats.prompt_truncated,
         "prompt_eval_duration": stats.prompt_eval_duration,
         "eval_count": stats.eval_count,
         "eval_duration": stats.eval_duration,

@@ -7,10 +7,10 @@ import time
 import httpx
 import pytest
 
-from refollama.loaded import LoadedModels
 from refollama.messages import Create
 from refollama.server.app import create_app
 from refollama.service import Service
+from refollama.shelf import LoadedModels
 from refollama.store import Store
 from tests.tiny import write_model
 

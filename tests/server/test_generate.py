@@ -138,6 +138,8 @@ REFUSED = {
     "deep json": (b'{"options":' + b"[" * 100_000, 400, "nested too deeply"),
     "a list": (b"[]", 400, "must be a JSON object"),
     "no model": (b"{}", 400, "model is required"),
+    "too few logprobs": (b'{"model": "tiny", "prompt": "a", "top_logprobs": -1}', 400, "between 0"),
+    "too many": (b'{"model": "tiny", "prompt": "a", "top_logprobs": 21}', 400, "between 0 and 20"),
     "a number as model": (b'{"model": 1}', 400, "model must be a string"),
     "a list as prompt": (b'{"model": "tiny", "prompt": []}', 400, "prompt must be a string"),
     "a text as stream": (b'{"model": "tiny", "stream": "no"}', 400, "stream must be true or"),
@@ -173,7 +175,7 @@ REFUSED = {
     ),
     "a flood": (b'{"model": "tiny", "prompt": "' + b"q" * 5_000_000 + b'"}', 400, "at least"),
     "too long": (
-        b'{"model": "tiny", "prompt": "' + b"q" * 500 + b'", "raw": true}',
+        b'{"model": "tiny", "prompt": "' + b"q" * 500 + b'", "truncate": false}',
         400,
         "num_ctx",
     ),
@@ -220,7 +222,7 @@ def test_an_error_in_mid_stream_is_the_last_line(ask, service, tiny, monkeypatch
     from refollama.errors import RefollamaError
     from refollama.messages import Chunk
 
-    def breaks(self, tokens, options, gone):
+    def breaks(self, tokens, options, extras):
         yield Chunk("a")
         raise RefollamaError("the disk is on fire")
 
@@ -237,7 +239,7 @@ def test_closing_the_response_stops_the_engine(app, service, tiny, tmp_path):
     next(response.response)
     response.close()
     with service.loaded.lease(path) as model:
-        wait_until(lambda: model.engine().active == 0)
+        wait_until(lambda: model.active == 0)
 
 
 def test_a_client_that_is_gone_is_noticed_while_it_waits(service, tmp_path):
@@ -253,7 +255,7 @@ def test_a_client_that_is_gone_is_noticed_while_it_waits(service, tmp_path):
         next(second)
     first.close()
     with service.loaded.lease(path) as model:
-        wait_until(lambda: model.engine().active == 0)
+        wait_until(lambda: model.active == 0)
 
 
 def test_more_than_max_queue_are_told_so_and_places_come_back(service, tmp_path):
@@ -272,3 +274,133 @@ def test_more_than_max_queue_are_told_so_and_places_come_back(service, tmp_path)
     two.close()
     assert next(small.generate(Generate(str(path)))).done_reason == "load"
     one.close()
+
+
+def test_logprobs_on_each_piece_and_together(ask):
+    asked = {"model": "tiny", "prompt": "the", "options": GREEDY, "logprobs": True}
+    *pieces, end = ask(**asked, top_logprobs=2)
+    (whole,) = ask(**asked, top_logprobs=2, stream=False)
+    noted = [one for piece in (*pieces, end) for one in piece.get("logprobs", [])]
+    assert noted == whole["logprobs"] and len(noted) >= whole["eval_count"]
+    for one in noted:
+        assert set(one) == {"token", "logprob", "bytes", "id", "top_logprobs"}
+        assert bytes(one["bytes"]).decode(errors="replace") == one["token"]
+        best = [top["logprob"] for top in one["top_logprobs"]]
+        assert len(best) == 2 and best == sorted(best, reverse=True) and one["logprob"] <= 0
+        assert best[0] == one["logprob"]  # greedy, and without penalties
+    (plain,) = ask(**asked, stream=False)
+    assert all("top_logprobs" not in one for one in plain["logprobs"])
+    assert "logprobs" not in ask(model="tiny", prompt="the", options=GREEDY, stream=False)[0]
+
+
+def test_a_prompt_that_is_cut_says_so(ask):
+    (end,) = ask(model="tiny", prompt="q" * 500, options=GREEDY, stream=False)
+    assert end["prompt_truncated"] + end["prompt_eval_count"] == 502
+    assert end["prompt_eval_count"] <= 128
+    (end,) = ask(model="tiny", prompt="q", options=GREEDY, stream=False)
+    assert "prompt_truncated" not in end
+
+
+def test_the_next_turn_reads_only_what_is_new(ask):
+    (first,) = ask(model="tiny", prompt="the rest", options=GREEDY, stream=False)
+    assert "prompt_cached_count" not in first
+    more = {"prompt": " and then", "context": first["context"]}
+    (second,) = ask(model="tiny", options=GREEDY, stream=False, **more)
+    known = len(first["context"])
+    assert second["prompt_cached_count"] == known - 1  # the last one drawn was never read
+    assert second["prompt_eval_count"] == known + 5  # ▁a nd ▁t he n
+
+
+def test_without_shift_an_answer_ends_with_the_context(ask):
+    asked = {"model": "tiny", "prompt": "the", "stream": False}
+    options = GREEDY | {"num_predict": 30, "num_ctx": 16}
+    (ended,) = ask(**asked, options=options, shift=False)
+    (went_on,) = ask(**asked, options=options)
+    assert (ended["eval_count"], ended["done_reason"]) == (15, "length")
+    assert went_on["eval_count"] == 30 and went_on["response"].startswith(ended["response"])
+
+
+def test_a_control_token_in_a_users_text_is_text(ask):
+    """The template's own is meant; with `raw` the whole prompt is the user's own business."""
+
+    def count(**asked):
+        options = GREEDY | {"num_predict": 1}
+        return ask(model="tiny", stream=False, options=options, **asked)[0]["prompt_eval_count"]
+
+    spelled = count(prompt="</s>", template="[{{ .Prompt }}]")
+    assert spelled == count(prompt="[<", raw=True) + 3 + 1
+    assert count(prompt="a", template="</s>{{ .Prompt }}") == count(prompt="</s>a", raw=True)
+    assert count(prompt="</s>", raw=True) == count(prompt="</s>", template="{{ .Prompt }}") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_gpu": 1, "main_gpu": 0, "low_vram": True},
+        {"use_mmap": False},
+        {"use_mlock": True},
+        {"numa": True},
+        {"num_thread": 3},
+        {"num_gqa": 2},
+        {"num_batch": 1},
+    ],
+)
+def test_where_and_how_it_is_computed_changes_no_answer(ask, options, measured):
+    asked = {"model": "tiny", "prompt": "the rest", "stream": False}
+    (expected,) = ask(**asked, options=GREEDY)
+    (found,) = ask(**asked, options=GREEDY | options)
+    assert found["response"] == expected["response"]
+    for name in options:
+        measured("options", name, "itself", "equal")
+
+
+@pytest.mark.parametrize("options", [{"rope_frequency_base": 200.0}, {"rope_frequency_scale": 0.5}])
+def test_rotation_by_request_changes_the_answer_and_only_that_one(ask, options):
+    asked = {"model": "tiny", "prompt": "the rest and the", "stream": False}
+    (plain,) = ask(**asked, options=GREEDY)
+    (turned,) = ask(**asked, options=GREEDY | options)
+    (again,) = ask(**asked, options=GREEDY)
+    assert turned["response"] != plain["response"] == again["response"]
+
+
+def test_the_example_that_sets_every_option(ask):
+    """The API document's own, with its numbers."""
+    options = {
+        "num_keep": 5,
+        "seed": 42,
+        "num_predict": 100,
+        "top_k": 20,
+        "top_p": 0.9,
+        "tfs_z": 0.5,
+        "typical_p": 0.7,
+        "repeat_last_n": 33,
+        "temperature": 0.8,
+        "repeat_penalty": 1.2,
+        "presence_penalty": 1.5,
+        "frequency_penalty": 1.0,
+        "mirostat": 1,
+        "mirostat_tau": 0.8,
+        "mirostat_eta": 0.6,
+        "penalize_newline": True,
+        "stop": ["\n", "user:"],
+        "numa": False,
+        "num_ctx": 1024,
+        "num_batch": 2,
+        "num_gqa": 1,
+        "num_gpu": 1,
+        "main_gpu": 0,
+        "low_vram": False,
+        "f16_kv": True,
+        "logits_all": False,
+        "vocab_only": False,
+        "use_mmap": True,
+        "use_mlock": False,
+        "embedding_only": False,
+        "rope_frequency_base": 1.1,
+        "rope_frequency_scale": 0.8,
+        "num_thread": 8,
+    }
+    asked = {"model": "tiny", "prompt": "Why is the sky blue?", "stream": False}
+    (first,) = ask(**asked, options=options)
+    (second,) = ask(**asked, options=options, strict=True)
+    assert first["response"] == second["response"] and first["eval_count"] <= 100

@@ -84,8 +84,8 @@ def test_a_local_page_may_ask_and_is_told_so(http):
 
 
 def test_files_are_for_this_machine_only(tiny):
-    from refollama.loaded import LoadedModels
     from refollama.service import Service
+    from refollama.shelf import LoadedModels
     from refollama.store import Store
 
     open_to_all = Service(Store.default(), LoadedModels(), local_files=False)

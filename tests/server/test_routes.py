@@ -36,9 +36,9 @@ def test_tags_lists_the_store(http, tiny):
 def test_tags_of_an_empty_store_is_an_empty_list(tmp_path):
     import httpx
 
-    from refollama.loaded import LoadedModels
     from refollama.server.app import create_app
     from refollama.service import Service
+    from refollama.shelf import LoadedModels
     from refollama.store import Store
 
     app = create_app(Service(Store(tmp_path / "none"), LoadedModels(), local_files=True))
