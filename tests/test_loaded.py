@@ -11,6 +11,7 @@ import torch
 import refollama
 from refollama.engine.generate import generate
 from refollama.errors import (
+    BadOption,
     BadRequest,
     FormatError,
     ModelNotFound,
@@ -177,3 +178,28 @@ def columns(count):
         "tokenizer.ggml.scores": Typed(SCORES[:count], ValueType.FLOAT32),
         "tokenizer.ggml.token_type": Typed(TYPES[:count], ValueType.INT32),
     }
+
+
+@pytest.mark.parametrize("f16_kv", [True, False])
+def test_f16_kv_decides_what_the_cache_holds(llm, f16_kv):
+    """The option is the only way in: two requests, two caches beside the same weights."""
+    llm.generate("the", options=GREEDY | {"f16_kv": not f16_kv})
+    llm.generate("the", options=GREEDY | {"f16_kv": f16_kv})
+    *_, engine = llm._engines.values()
+    kinds = {tensor.dtype for tensor in (*engine._cache.keys, *engine._cache.values)}
+    assert kinds == {torch.float16 if f16_kv else torch.float32}
+    assert engine.net is llm.net and len(llm._engines) == 2
+
+
+def test_a_num_gqa_that_the_file_contradicts_is_refused(llm):
+    """The tiny model has four query heads and two key heads."""
+    for fits in (0, 1, 2):
+        llm.generate("the", options={"num_gqa": fits, "num_predict": 1})
+    with pytest.raises(BadOption, match=r"'num_gqa' is 8, but this model has 2 query heads"):
+        llm.generate("the", options={"num_gqa": 8})
+
+
+def test_idle_engines_make_room_for_other_kinds_of_memory(llm):
+    for base in range(2000, 2010):
+        llm.generate("the", options=GREEDY | {"rope_frequency_base": base, "num_predict": 1})
+    assert len(llm._engines) == 2
