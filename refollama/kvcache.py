@@ -42,6 +42,7 @@ class KVCache:
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.slots = slots
+        self._used = [0] * slots  # of each slot, places that may hold something
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for (heads, *widths), device in zip(shapes, devices or [CPU] * len(shapes), strict=True):
@@ -60,18 +61,16 @@ class KVCache:
         They see whole pieces: places behind `length` are zero, or left by what was there before.
         """
         self._reserve(length)
+        for slot in slots:
+            self._used[slot] = max(self._used[slot], length)
         whole = -(-length // PIECE) * PIECE
         return Rows(self, torch.tensor(slots), whole)
 
     def clear(self, slot: int, start: int = 0) -> None:
         """Forget a sequence from `start` on: zeros, so no stale infinity meets a weight of zero."""
         for tensor in (*self.keys, *self.values):
-            tensor[slot, :, start:].zero_()
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of one slot become those of another, too."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+            tensor[slot, :, start : self._used[slot]].zero_()
+        self._used[slot] = min(start, self._used[slot])
 
     def shift(
         self, slot: int, start: int, stop: int, end: int, turn: Callable[[Tensor], Tensor]

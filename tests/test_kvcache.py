@@ -95,21 +95,6 @@ def test_clear_forgets_what_is_behind_a_place():
     assert cache.keys[0][1, 0, :7, 0].tolist() == [0, 1, 2, 3, 4, 5, 0]
 
 
-def test_copy_gives_one_slot_the_beginning_of_another():
-    cache = KVCache([(2, 3, 3)] * 2, slots=3)
-    for layer in (0, 1):
-        put(cache, 2, 5, 4, layer)  # positions 5 … 8
-        put(cache, 0, 0, 9, layer)
-    cache.copy(0, 2, 7)
-    for layer in (0, 1):
-        assert cache.keys[layer][2, 1, :10, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]
-        assert cache.values[layer][2, 1, :10, 1].tolist() == [0, -1, -2, -3, -4, -5, -6, -7, -8, 0]
-        assert not cache.keys[layer][1].any()
-    put(cache, 0, 0, 1)  # the copy is no view
-    cache.keys[0][0].zero_()
-    assert cache.keys[0][2, 1, 6, 1] == 6
-
-
 def test_each_layer_has_sizes_of_its_own():
     cache = KVCache([(2, 3, 5), (1, 4, 2)])
     for layer, (heads, key, value) in enumerate([(2, 3, 5), (1, 4, 2)]):

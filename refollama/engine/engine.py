@@ -6,11 +6,14 @@ Closing the iterator is cancelling: the slot is free before the next step begins
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
@@ -29,7 +32,19 @@ from refollama.sampling.chain import Sampler
 log = logging.getLogger(__name__)
 
 MAX_QUEUE = 512  # requests that may wait, as in Ollama
+AT_ONCE = 512  # tokens of a prompt in one step: scores take memory for each pair of tokens
+THREADS = torch.get_num_threads()  # what torch chose, or was told, before any engine began
 LOOK_AROUND = 0.5  # seconds between two looks at whether the reader is still there
+
+
+_running: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is still in torch when Python ends would abort the whole process."""
+    for engine in list(_running):
+        engine.close()
 
 
 class Engine:
@@ -55,6 +70,7 @@ class Engine:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     # ── for everybody ─────────────────────────────────────────────────────────────────────────
 
@@ -82,7 +98,12 @@ class Engine:
         keep = limits.keep(whole, options, n_ctx, self.marks.bos)
         prompt = limits.cut(whole, keep, n_ctx) if extras.truncate else whole
         sampler = Sampler(
-            options, prompt, n_ctx=n_ctx, newline=self.marks.newline, on_stage=extras.on_stage
+            options,
+            prompt,
+            n_ctx=n_ctx,
+            newline=self.marks.newline,
+            grammar=extras.grammar,
+            on_stage=extras.on_stage,
         )
         return Sequence(
             prompt,
@@ -99,6 +120,10 @@ class Engine:
         """Let no later prompt find its beginning in the cache."""
         with self._changed:
             self._scheduler.slots.forget()
+
+    def memory(self) -> list[Tensor]:
+        """The tensors of its cache, as they are now."""
+        return [*self._cache.keys, *self._cache.values]
 
     def cancel(self, seq: Sequence) -> None:
         """The sequence is not wanted any more; nothing happens if it has ended already."""
@@ -123,14 +148,31 @@ class Engine:
     # ── the engine's own thread ───────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        while (step := self._next()) is not None:
-            try:
-                self._forward(step)
-            except Exception as error:  # whatever it was, it ends these sequences, not the engine
-                log.exception("a step of the model failed")
-                for seq in step:
-                    if not seq.done:
-                        seq.fail(_because(error))
+        torch.set_num_threads(THREADS)  # another engine may have had another number at this moment
+        try:
+            while (step := self._next()) is not None:
+                self._step(step)
+        except Exception as error:  # ours: nobody may wait for a thread that is gone
+            log.exception("the engine failed")
+            self._give_up(error)
+
+    def _step(self, step: list[Sequence]) -> None:
+        """One step; whatever goes wrong in it ends these sequences, not the engine."""
+        try:
+            self._forward(step)
+        except Exception as error:
+            log.exception("a step of the model failed")
+            for seq in step:
+                seq.broken = True
+                if not seq.done:
+                    seq.fail(_because(error))
+
+    def _give_up(self, error: Exception) -> None:
+        with self._changed:
+            self._closed = True
+            for seq in (*self._scheduler.running, *self._scheduler.waiting):
+                if not seq.ended:
+                    seq.fail(_because(error))
 
     def _next(self) -> list[Sequence] | None:
         """Wait for the next step; None when the engine is closed."""
@@ -162,6 +204,8 @@ class Engine:
         if self._closed:
             for seq in (*self._scheduler.running, *self._scheduler.waiting):
                 seq.cancelled = True
+        if self._scheduler.any_done:  # was the net the same all the time?
+            self._scheduler.slots.trust(state(self.net))
         for seq in self._scheduler.remove_done():
             if not seq.ended:
                 seq.finish(None if seq.done_reason or not self._closed else _unloaded())
@@ -172,7 +216,7 @@ class Engine:
         for seq in step:
             if seq.full:
                 self._shift(seq)
-        tokens = [seq.next_tokens(seq.options.num_batch) for seq in step]
+        tokens = [seq.next_tokens(min(seq.options.num_batch, AT_ONCE)) for seq in step]
         width = len(tokens[0])
         starts = torch.tensor([seq.length for seq in step])
         positions = starts[:, None] + torch.arange(width)  # (B, T)
@@ -192,7 +236,7 @@ class Engine:
         """Its context is full: what follows the kept tokens is forgotten, the rest moves up."""
         assert seq.slot is not None
         dropped = limits.discard(seq.keep, seq.n_ctx)
-        self.net.forget(self._cache, seq.slot, seq.keep, seq.keep + dropped, seq.length)
+        self.net.shift(self._cache, seq.slot, seq.keep, seq.keep + dropped, seq.length)
         seq.length -= dropped
         seq.shifted = True
 
@@ -206,19 +250,16 @@ class Engine:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch's products; 0 = as many as it has chosen itself.
-
-    Torch keeps that number for the whole process: two models that want different ones take turns.
-    """
-    before = torch.get_num_threads()
-    if count in (0, before):
+    """So many threads for what follows, at most one a core; 0 = torch's own number."""
+    wanted = min(count, os.cpu_count() or 1) or THREADS
+    if wanted == torch.get_num_threads():
         yield
         return
-    torch.set_num_threads(count)
+    torch.set_num_threads(wanted)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(THREADS)
 
 
 def _unloaded() -> Stopping:

@@ -38,7 +38,7 @@ def generate(
     for _ in range(limits.answer(len(prompt), options, n_ctx, shift=True)):
         if position == n_ctx:  # full: forget what follows the kept tokens
             dropped = limits.discard(keep, n_ctx)
-            net.forget(cache, 0, keep, keep + dropped, position)
+            net.shift(cache, 0, keep, keep + dropped, position)
             position -= dropped
         end = position + len(tokens)
         with torch.no_grad():

@@ -57,6 +57,11 @@ class Scheduler:
         self._prefilled = bool(readers) and not (writers and self._prefilled)
         return readers[:1] if self._prefilled else writers
 
+    @property
+    def any_done(self) -> bool:
+        """Has somebody ended who still holds a slot?"""
+        return any(seq.done for seq in self.running)
+
     def remove_done(self) -> list[Sequence]:
         """Sequences that ended or were cancelled; their slots are free at once."""
         done = [seq for seq in (*self.running, *self.waiting) if seq.done]
@@ -64,5 +69,5 @@ class Scheduler:
         self.waiting = deque(seq for seq in self.waiting if not seq.done)
         for seq in done:
             if seq.slot is not None:
-                self.slots.give_back(seq.slot, [] if seq.done_reason == "error" else seq.held)
+                self.slots.give_back(seq.slot, seq.held)
         return done

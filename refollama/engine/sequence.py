@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from refollama.options import Options
-from refollama.sampling.chain import Sampler, Watch
+from refollama.sampling.chain import Grammar, Sampler, Watch
 
 
 def never() -> bool:
@@ -35,6 +35,7 @@ class Extras:
     truncate: bool = True  # a prompt that does not fit is cut; else it is an error
     shift: bool = True  # when the context is full, forget part of it and go on
     logprobs: int | None = None  # note each token's log-probability, and that of the best so many
+    grammar: Grammar | None = None  # what the answer may be; it ends when it is complete
     on_stage: Watch | None = None  # is shown what each stage of the sampler does
 
 
@@ -74,6 +75,7 @@ class Sequence:
     length: int = 0  # places of the cache that are taken
     cached: int = 0  # tokens of the prompt that were there already
     shifted: bool = False  # has part of its context been forgotten?
+    broken: bool = False  # did a step with it fail?  What it left in the cache may be anything
     answer: list[int] = field(default_factory=list)
     likely: list[Logprob] = field(default_factory=list)  # of each token drawn, the end token too
     slot: int | None = None
@@ -106,6 +108,8 @@ class Sequence:
 
         After a shift only the kept ones are: the others have met tokens that are gone.
         """
+        if self.broken:
+            return []
         if self.shifted:
             return self.prompt[: self.keep]
         return (self.prompt + self.answer)[: self.length]
@@ -133,11 +137,14 @@ class Sequence:
             return
         self.answer.append(token)
         self.outbox.put(token)
-        if len(self.answer) >= self.limit:
+        if self.sampler.complete:
+            self.done_reason = "stop"
+        elif len(self.answer) >= self.limit:
             self.done_reason = "length"
 
     def fail(self, error: BaseException) -> None:
         """It cannot go on, for a reason of its own."""
+        self.broken = True
         self.done_reason = "error"
         self.finish(error)
 

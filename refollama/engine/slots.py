@@ -10,7 +10,7 @@ approximation: a token's keys depend on the tokens before it alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 
 class Slots:
@@ -18,7 +18,9 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._free: dict[int, list[int]] = {slot: [] for slot in range(count)}  # oldest first
-        self._net: Hashable = None  # what the net was when these tokens were read
+        self._taken: dict[int, int] = {}  # slot → the epoch in which it was taken
+        self._epoch = 0  # what was read in one epoch is of no use in another
+        self._net: object = None  # what the net is in this epoch
 
     def __bool__(self) -> bool:
         return bool(self._free)
@@ -32,18 +34,20 @@ class Slots:
         shared = {slot: common(tokens, prompt[:-1]) for slot, tokens in self._free.items()}
         slot = max(shared, key=lambda each: shared[each])
         del self._free[slot]
+        self._taken[slot] = self._epoch
         return slot, shared[slot]
 
     def give_back(self, slot: int, tokens: Sequence[int] = ()) -> None:
-        """The slot is free again, and holds these tokens."""
-        self._free[slot] = list(tokens)
+        """The slot is free again, and holds these tokens, unless an epoch has ended meanwhile."""
+        self._free[slot] = list(tokens) if self._taken.pop(slot) == self._epoch else []
 
     def forget(self) -> None:
-        """Nothing that is held may be used any more."""
+        """Nothing that has been read, or is being read now, may be used any more."""
+        self._epoch += 1
         for tokens in self._free.values():
             tokens.clear()
 
-    def trust(self, net: Hashable) -> None:
+    def trust(self, net: object) -> None:
         """Forget everything if the net is not what it was (see `net.state`)."""
         if net is None or net != self._net:
             self.forget()

@@ -165,7 +165,7 @@ class Llama(nn.Module):
         devices = self.devices if device is None else [device] * len(shapes)
         return KVCache(shapes, slots=slots, dtype=dtype, devices=devices)
 
-    def forget(self, cache: KVCache, slot: int, start: int, stop: int, end: int) -> None:
+    def shift(self, cache: KVCache, slot: int, start: int, stop: int, end: int) -> None:
         """Drop positions start … stop − 1 of a slot; those up to end − 1 move down to follow on.
 
         A key holds its position as a turn, R(p), and turns add up: R(p − δ) = R(−δ)·R(p). So a key

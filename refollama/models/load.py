@@ -26,7 +26,8 @@ SHOWN = 5  # names in an error message
 
 
 def load_net(source: str | Path | GGUF) -> Llama:
-    """A GGUF file as a model; the weights stay where they are, packed, and are read when used.
+    """A GGUF file as a model; the weights stay where they are, packed, and are read when used
+    (experts that lie apart, as in files of 2023, are put together: copied).
 
     Raises: FormatError, UnsupportedModel (what was found, what was expected), and all that
     `open_gguf` raises.

@@ -43,7 +43,10 @@ class Placement(NamedTuple):
 
     @classmethod
     def of(cls, options: Options) -> Placement:
-        return cls(*(getattr(options, name) for name in cls._fields))
+        wanted = cls(*(getattr(options, name) for name in cls._fields))
+        if not torch.cuda.is_available() or not wanted.num_gpu:
+            return wanted._replace(num_gpu=0, main_gpu=0)
+        return wanted
 
 
 def place(net: Llama, path: Path, wanted: Placement) -> None:
@@ -54,10 +57,10 @@ def place(net: Llama, path: Path, wanted: Placement) -> None:
     if wanted.numa or not wanted.use_mmap:
         with interleaved() if wanted.numa else contextlib.nullcontext():
             read_in(net)
+    if wanted.num_gpu:
+        to_gpu(net, chosen_gpu(wanted.main_gpu), wanted.num_gpu)
     if wanted.use_mlock:
         lock(net, path, mapped=wanted.use_mmap and not wanted.numa)
-    if torch.cuda.is_available() and wanted.num_gpu:
-        to_gpu(net, chosen_gpu(wanted.main_gpu), wanted.num_gpu)
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────
@@ -127,8 +130,9 @@ def read_in(net: torch.nn.Module) -> None:
     copies: dict[int, Tensor] = {}
     for module in net.modules():
         for name, tensor in module._buffers.items():
-            if tensor is not None:
-                module._buffers[name] = copies.setdefault(id(tensor), tensor.clone())
+            if tensor is not None and id(tensor) not in copies:
+                copies[id(tensor)] = tensor.clone()
+            module._buffers[name] = copies.get(id(tensor))
 
 
 @contextlib.contextmanager
@@ -169,7 +173,7 @@ def lock(net: torch.nn.Module, path: Path, *, mapped: bool) -> None:
     A mapped file is locked through a second, shared map of it: locking the net's own, which may be
     written to, would copy every page.
     """
-    areas = [_shared_map(path)] if mapped else [_bytes(tensor) for tensor in net.buffers()]
+    areas = [_shared_map(path)] if mapped else [_bytes(t) for t in net.buffers() if not t.is_cuda]
     for area in areas:
         if not _mlock(area):
             break

@@ -32,7 +32,7 @@ class FakeNet:
         self.cache = KVCache([(1, 1, 1)], slots=slots, dtype=dtype)
         return self.cache
 
-    def forget(self, cache, slot, start, stop, end):
+    def shift(self, cache, slot, start, stop, end):
         for tensor in (*cache.keys, *cache.values):
             tensor[slot, :, start : start + end - stop] = tensor[slot, :, stop:end].clone()
             tensor[slot, :, start + end - stop :] = 0

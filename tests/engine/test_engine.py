@@ -1,5 +1,6 @@
 """The engine against the textbook loop, and its manners: cancelling, queueing, failing, closing."""
 
+import os
 import threading
 import time
 
@@ -311,7 +312,7 @@ def test_nothing_of_the_last_sequence_is_left_in_its_slot(engine):
     net = FakeNet()
     one = engine(net, slots=1)
     list(one.stream(range(1, 90), GREEDY))
-    net.cache.keys[0].fill_(float("inf"))
+    net.cache.keys[0][:, :, : 89 + 19] = float("inf")  # all that it wrote
     assert list(one.stream([4], GREEDY)) == expected([4], 20)
     assert not net.cache.keys[0].isinf().any()
 
@@ -458,10 +459,68 @@ def test_logprobs_of_every_token_and_of_the_end(engine):
     assert all(one.best[0] == (one.id, one.logprob) for one in noted)
 
 
-def test_num_thread_holds_for_the_steps_of_that_model(engine, measured):
+def test_num_thread_holds_for_the_steps_of_that_request(engine):
     before, seen = torch.get_num_threads(), []
     one = engine(FakeNet(before_step=lambda tokens: seen.append(torch.get_num_threads())))
-    list(one.stream([1], GREEDY.updated({"num_thread": before + 1})))
-    list(one.stream([1], GREEDY))
-    assert seen == [before + 1] * 20 + [before] * 20
-    measured("options", "num_thread", "definition", "equal", len(seen))
+    for count in (1, 0, 1024):
+        list(one.stream([1], GREEDY.updated({"num_thread": count})))
+    assert seen == [1] * 20 + [before] * 20 + [os.cpu_count()] * 20
+
+
+# ── when something breaks, or changes ─────────────────────────────────────────────────────────
+
+
+def test_a_step_that_fails_leaves_nothing_to_use_of_those_who_had_gone(engine):
+    """Cancelled in the very step that fails: its slot may hold anything."""
+    inside, release = threading.Event(), threading.Event()
+
+    def fail(tokens):
+        if tokens.shape[1] == 1:
+            inside.set()
+            release.wait(5)
+            raise RuntimeError("out of memory")
+
+    one = engine(FakeNet(before_step=fail))
+    stream = one.stream([1, 2, 3], GREEDY)
+    assert inside.wait(5)
+    stream.close()
+    release.set()
+    wait_until(lambda: one.active == 0)
+    after = one.stream([1, 2, 3, 4], GREEDY.updated({"num_predict": 1}))
+    assert list(after) == expected([1, 2, 3, 4], 1) and after.sequence.cached == 0
+
+
+def test_forget_reaches_those_who_are_still_running(engine):
+    net = FakeNet(n_ctx=10**6)
+    one = engine(net)
+    with one.stream([1, 2, 3], FOREVER) as endless:
+        next(endless)
+        one.forget()
+    after = one.stream([1, 2, 3, 4], GREEDY)
+    assert list(after) == expected([1, 2, 3, 4], 20) and after.sequence.cached == 0
+
+
+def test_an_engine_that_breaks_lets_nobody_wait(engine, monkeypatch):
+    """Its own mistake, not the net's: every answer ends, and new ones are refused."""
+    release = threading.Event()
+    one = engine(FakeNet(before_step=lambda tokens: release.wait(5)))
+    running, waiting = one.stream([1], GREEDY), one.stream([2], GREEDY)
+
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(one._scheduler, "next_step", broken)
+    release.set()
+    for stream in (running, waiting):
+        with pytest.raises(RefollamaError, match="ZeroDivisionError"):
+            list(stream)
+    with pytest.raises(RefollamaError, match="unloaded"):
+        one.stream([1], GREEDY)
+
+
+def test_a_long_prompt_is_never_one_enormous_step(engine):
+    net = FakeNet(n_ctx=2000)
+    options = GREEDY.updated({"num_ctx": 0, "num_batch": 2**31 - 1})
+    prompt = [1] + [0] * 1400  # the fake net adds in float32
+    assert list(engine(net).stream(prompt, options)) == expected(prompt, 20)
+    assert max(width for _, width in net.steps) == 512

@@ -48,6 +48,18 @@ def test_another_net_shares_nothing():
     assert slots.take([1, 2, 3]) == (0, 0)
 
 
+def test_what_was_begun_before_an_end_is_of_no_use_after_it():
+    slots = Slots(1)
+    slots.trust("a")
+    slot, _ = slots.take([1])
+    slots.trust("b")  # the net changed while the sequence ran
+    slots.give_back(slot, [1, 2])
+    assert slots.take([1, 2, 3]) == (0, 0)
+    slots.forget()
+    slots.give_back(0, [1, 2])
+    assert slots.take([1, 2, 3]) == (0, 0)
+
+
 @given(tokens, tokens)
 def test_what_is_common_is_the_longest_shared_beginning(a, b):
     n = common(a, b)

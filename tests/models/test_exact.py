@@ -4,15 +4,18 @@ In one piece or many, one by one, beside other sequences, on one thread or two: 
 answer be reused, split or batched without a word of it changing.
 """
 
+import os
 import random
+import subprocess
+import sys
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from refollama.kvcache import PIECE
+from refollama.models.exact import rows_are_exact
 from refollama.models.layers import attend
 from refollama.models.load import load_net
 from tests.tiny import TOKENS, write_model
@@ -51,19 +54,6 @@ def threads(count):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def rows_are_exact():
-    """Is a row of this machine's matrix product independent of the rows beside it?"""
-    rng = torch.Generator().manual_seed(0)
-    for inner, width in [(64, 96), (512, 256)]:
-        x = torch.randn(300, inner, generator=rng)
-        w = torch.randn(width, inner, generator=rng)
-        together = functional.linear(x, w)
-        for first, last in [(0, 1), (3, 5), (7, 40), (250, 300)]:
-            if not torch.equal(functional.linear(x[first:last], w), together[first:last]):
-                return False
-    return True
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,3 +188,20 @@ def test_attention_alone_in_the_sizes_of_real_models(H, Hk, D):
 def test_a_real_model_however_its_prompt_is_cut(oracles):
     net = load_net(oracles / "stories260K.gguf")
     check_chunkings(net, some_tokens(LENGTH))
+
+
+def test_whoever_multiplies_before_the_import_is_told(tmp_path):
+    """MKL has made up its mind by then; the model still answers."""
+    code = (
+        "import torch; torch.randn(8, 8) @ torch.randn(8, 8)\n"
+        "import logging; logging.basicConfig()\n"
+        "import refollama\n"
+        f"llm = refollama.load({str(write_model(tmp_path / 'm.gguf'))!r})\n"
+        "print(len(llm.generate('the', {'num_predict': 3}).record.context))\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables
+    )
+    assert done.returncode == 0 and int(done.stdout) >= 2
+    assert done.stderr.count("import refollama before anything else multiplies") == 1

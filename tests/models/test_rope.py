@@ -102,7 +102,7 @@ def prefill(net, tokens, slot=0, **kind):
 def shifted(net, tokens, slot=0, **kind):
     cache = prefill(net, tokens, slot, **kind)
     before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-    net.forget(cache, slot, KEEP, STOP, END)
+    net.shift(cache, slot, KEEP, STOP, END)
     return cache, before
 
 
@@ -186,7 +186,7 @@ def test_many_small_shifts_are_one_large_one(tiny):
     cache, _ = shifted(net, tokens)
     slow = prefill(net, tokens)
     for gone in range(STOP - KEEP):
-        net.forget(slow, 0, KEEP, KEEP + 1, END - gone)
+        net.shift(slow, 0, KEEP, KEEP + 1, END - gone)
     for one, other in zip(cache.keys, slow.keys, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
@@ -195,5 +195,5 @@ def test_nothing_to_drop_changes_nothing(tiny):
     net, tokens = load_net(tiny), some_tokens(END)
     cache = prefill(net, tokens)
     before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-    net.forget(cache, 0, KEEP, KEEP, END)
+    net.shift(cache, 0, KEEP, KEEP, END)
     assert all(map(torch.equal, before, (*cache.keys, *cache.values)))
