@@ -1,11 +1,13 @@
 """The sampler of one sequence: named stages in a fixed order, then one draw.
 
-    penalties → temperature ≤ 0:  the best one
-              → mirostat 1 or 2:  temperature → mirostat → draw
-              → otherwise:        top_k → tfs_z → typical_p → top_p → min_p → temperature → draw
+    penalties → grammar → temperature ≤ 0:  the best one
+                        → mirostat 1 or 2:  temperature → mirostat → draw
+                        → otherwise:        top_k → tfs_z → typical_p → top_p → min_p
+                                            → temperature → draw
 
-Temperature comes last, so the filters see the model's own probabilities. The papers stand with the
-functions, in `filters.py` and `mirostat.py`.
+The grammar, if an answer must have a form, leaves what may come next. Temperature comes last, so
+the filters see the model's own probabilities. The papers stand with the functions, in `filters.py`
+and `mirostat.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +46,32 @@ class Candidates:
         return self.logits.double().softmax(0)
 
 
+class Walk(Protocol):
+    """How far one answer has come through a grammar."""
+
+    @property
+    def complete(self) -> bool:
+        """Is the answer whole, so that nothing may follow?"""
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Drop all tokens that cannot come next.  (V,) → (V,)"""
+
+    def step(self, token: int) -> None:
+        """This token was drawn."""
+
+
+class Grammar(Protocol):
+    """What an answer may be: see `grammar.py`. Many answers may walk through it, each by itself."""
+
+    def begin(self) -> Walk: ...
+
+
 class Sampler:
     """Logits of one sequence → its next token id.
 
     It remembers the generator of its chances, the last tokens, for the penalties (`n_ctx` is how
-    many if `repeat_last_n` is -1; None: all), and what mirostat has learned.
+    many if `repeat_last_n` is -1; None: all), what mirostat has learned, and its way through the
+    grammar.
     `on_stage(name, candidates)`, if given, is shown the model's "logits", what each stage left of
     them, and the "draw"; it costs nothing when nobody watches.
     Raises: RefollamaError when the model's output is not a number.
@@ -60,6 +84,7 @@ class Sampler:
         *,
         n_ctx: int | None = None,
         newline: int | None = None,
+        grammar: Grammar | None = None,
         on_stage: Watch | None = None,
     ) -> None:
         self.options = options
@@ -68,6 +93,7 @@ class Sampler:
         looked_back = options.repeat_last_n if options.repeat_last_n >= 0 else n_ctx
         self.window = deque(prompt, maxlen=looked_back)
         self.mirostat = Mirostat(options.mirostat, options.mirostat_tau, options.mirostat_eta)
+        self._walk = None if grammar is None else grammar.begin()
         self._stages = self.stages()
         self.rng = torch.Generator()
         self.rng.manual_seed(options.seed if options.seed >= 0 else random.getrandbits(63))
@@ -85,7 +111,14 @@ class Sampler:
         if self.on_stage is not None:
             self._show("draw", logits, filters.only(logits, [token]))
         self.window.append(token)
+        if self._walk is not None:
+            self._walk.step(token)
         return token
+
+    @property
+    def complete(self) -> bool:
+        """Has the grammar come to its end? Then nothing more may be drawn."""
+        return self._walk is not None and self._walk.complete
 
     def _show(self, name: str, before: Tensor, after: Tensor) -> None:
         """Let the watcher see what a stage did, if there is one."""
@@ -105,15 +138,20 @@ class Sampler:
 
     def stages(self) -> list[Stage]:
         """What the options ask for, in order."""
+        first: list[Stage] = [("penalties", self._penalize)]
+        if self._walk is not None:
+            first.append(("grammar", self._walk.allowed))
+        return first + self._choosing()
+
+    def _choosing(self) -> list[Stage]:
+        """The stages that depend on how the token is chosen among those that are left."""
         options = self.options
-        penalties: Stage = ("penalties", self._penalize)
         temperature: Stage = ("temperature", partial(filters.temperature, t=options.temperature))
         if options.temperature <= 0:
-            return [penalties]
+            return []
         if options.mirostat:
-            return [penalties, temperature, ("mirostat", self.mirostat.cut)]
+            return [temperature, ("mirostat", self.mirostat.cut)]
         return [
-            penalties,
             ("top_k", partial(filters.top_k, k=options.top_k)),
             ("tfs_z", partial(filters.tfs_z, z=options.tfs_z)),
             ("typical_p", partial(filters.typical_p, p=options.typical_p)),
