@@ -88,6 +88,9 @@ class SpmTokenizer(FragmentTokenizer):
         ids = (self._ids[index] for index in found)
         return [id for id in ids if id is not None]
 
+    def _printed(self, text: str) -> str:
+        return text.replace(SPACE, " ")
+
 
 def _printed(vocabulary: Vocabulary) -> list[bytes]:
     """What each token prints; control, unknown and unused tokens print nothing."""

@@ -16,10 +16,11 @@ Source: the documentation of Go's package text/template.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from refollama.errors import TemplateError
-from refollama.text.gotemplate.nodes import ROOT, Run
+from refollama.text.gotemplate.nodes import ROOT, Reached, Run
 from refollama.text.gotemplate.parser import Parser
 
 LONGEST = 1 << 16  # characters; the longest that models come with have some ten thousand
@@ -40,11 +41,13 @@ class Template:
         self._defined = parser.defined
         self.names = frozenset(parser.names)  # of all fields mentioned: {"System", "Prompt"}
 
-    def render(self, values: Mapping[str, Any]) -> str:
+    def render(self, values: Mapping[str, Any], until: str = "") -> str:
         """The text for these values: what JSON can hold (str, numbers, bool, None, lists, maps).
 
+        until: a field; what follows the place where it is written, or would be, is left out.
         Raises: TemplateError if they do not fit, or if nesting, steps or text exceed the limits.
         """
-        run = Run(self.source, self._defined, variables={ROOT: values})
-        run.write(self._body, values)
+        run = Run(self.source, self._defined, variables={ROOT: values}, until=until)
+        with suppress(Reached):
+            run.write(self._body, values)
         return "".join(run.out)

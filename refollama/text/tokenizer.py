@@ -17,10 +17,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 from numbers import Real
 from typing import Any, Protocol
 
 from refollama.errors import BadRequest, FormatError
+from refollama.text.spans import Span, ends_of, spans
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,12 @@ class Tokenizer(Protocol):
         there; user-defined ones always are.
         continues: the text goes on where another ended, so no space is put in front of it.
         """
+
+    def around(self, ids: list[int]) -> list[int]:
+        """The ids of a whole text with BOS and EOS, as the model's metadata asks."""
+
+    def spans(self, text: str, *, special: bool = False) -> list[Span]:
+        """The ids that `encode` gives, each with the part of the text that it stands for."""
 
     def guard(self, text: str) -> str:
         """The text, to be put among others; no control token that it spells is meant.
@@ -150,6 +158,24 @@ def decode_stream(
             yield text
     finally:
         hang_up(ids)
+
+
+def decode_spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of some ids in which control tokens, which print nothing, are spelled out.
+
+    Law: decode_spelled(encode(text, special=True)) == text, where `decode` has such a law.
+    """
+    texts = []
+    for prints, run in groupby(ids, key=lambda id: tokenizer.piece(id) != b""):
+        some = list(run)
+        spelled = b"".join(map(tokenizer.spelling, some)).decode(errors="replace")
+        texts.append(tokenizer.decode(some) if prints else spelled)
+    return "".join(texts)
+
+
+def valid(text: str) -> str:
+    """Halves of UTF-16 pairs, which are no characters, become U+FFFD."""
+    return SURROGATES.sub("\ufffd", text)
 
 
 def unguarded(text: str) -> str:
@@ -352,10 +378,26 @@ class FragmentTokenizer(ABC):
                 ids.append(part)
             else:
                 ids += self._encode_fragment(part, prefix=bool(ids) or not continues)
-        return self.vocabulary.around(ids) if bos else ids
+        return self.around(ids) if bos else ids
+
+    def around(self, ids: list[int]) -> list[int]:
+        return self.vocabulary.around(ids)
+
+    def spans(self, text: str, *, special: bool = False) -> list[Span]:
+        found: list[Span] = []
+        start = 0
+        for part in self._specials.split(SURROGATES.sub("\ufffd", text), special):
+            spelled = self.vocabulary.tokens[part] if isinstance(part, int) else part
+            end = start + len(spelled.encode())
+            if isinstance(part, int):
+                found.append(Span(part, start, end))
+            else:
+                found += self._fragment_spans(part, start)
+            start = end
+        return found
 
     def guard(self, text: str) -> str:
-        return self._specials.guard(SURROGATES.sub("\ufffd", text))
+        return self._specials.guard(valid(text))
 
     @abstractmethod
     def piece(self, id: int, *, first: bool = False) -> bytes: ...
@@ -368,6 +410,16 @@ class FragmentTokenizer(ABC):
 
     def stream(self, ids: Iterable[int], *, after: Iterable[int] = ()) -> Iterator[str]:
         return decode_stream(self, ids, after)
+
+    def _fragment_spans(self, text: str, start: int) -> list[Span]:
+        ids = self._encode_fragment(text, prefix=True)
+        pieces = [self.piece(id, first=at == 0) for at, id in enumerate(ids)]
+        ends = [start + end for end in ends_of(pieces, text, self._printed(text))]
+        return spans(ids, ends, start)
+
+    def _printed(self, text: str) -> str:
+        """A text as its tokens print it, character by character."""
+        return text
 
     @abstractmethod
     def _encode_fragment(self, text: str, prefix: bool) -> list[int]:

@@ -30,10 +30,10 @@ def test_one_turn(template, system, first, expected):
     assert render_generate(template, system=system, prompt="P", first=first) == expected
 
 
-def test_the_response_stands_behind_the_template_even_if_the_template_shows_it():
+def test_the_response_ends_the_prompt_whether_the_template_shows_it_or_not():
     for template, expected in (
         ("{{ .Prompt }}:", "P:R"),
-        ("{{ .Prompt }}:{{ .Response }};", "P:R;R"),
+        ("{{ .Prompt }}:{{ .Response }};", "P:R"),
     ):
         text = render_generate(template, system="", prompt="P", first=True, response="R")
         assert text == expected

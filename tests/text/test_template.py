@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from datetime import date, timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -359,3 +360,65 @@ def test_a_printed_float_reads_as_itself_and_is_the_shortest(number):
     assert digits == len(re.sub(r"e.*|[-.]", "", repr(number)).strip("0"))
     assert ("e" in shown) == (number != 0 and not 1e-4 <= abs(number) < 1e6)
     assert math.copysign(1, float(shown)) == math.copysign(1, number)
+
+
+# ── Ollama's own functions, and records ──
+
+
+def test_dates_are_todays_and_yesterdays():
+    today = date.today()
+    shown = Template("{{ currentDate }} {{ yesterdayDate }}").render({})
+    assert shown == f"{today} {today - timedelta(days=1)}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("string", "string"),
+        ("integer", "number"),
+        ("number", "number"),
+        ("boolean", "boolean"),
+        ("array", "any[]"),
+        ("object", "Record<string, any>"),
+        ("null", "null"),
+        (["string", "null"], "string | null"),
+        ("else", "any"),
+        ([], "any"),
+        (None, "any"),
+    ],
+)
+def test_types_in_the_words_of_typescript(kind, expected):
+    for value in (kind, {"Type": kind}):
+        assert Template("{{ toTypeScriptType .T }}").render({"T": value}) == expected
+
+
+def test_a_record_is_asked_by_gos_names_and_printed_as_the_json_it_came_from():
+    """A map is printed by sorted keys; a record, and what lies in it, as it came."""
+    came = {"b": {"z": "<", "a": 1}, "a": [2]}
+    record = fmt.Struct({"B": came["b"]}, came)
+    source = "{{ .R.B.a }} {{ .R }} {{ json .R }} {{ json .M }} {{ .L }}"
+    text = '{"b":{"z":"\\u003c","a":1},"a":[2]}'
+    ordered = '{"x":' + text + ',"y":1}'
+    values = {"R": record, "M": {"y": 1, "x": record}, "L": fmt.Structs([record])}
+    assert Template(source).render(values) == f"1 {text} {text} {ordered} [{text}]"
+    keys = "{{ range $k, $v := .R }}{{ $k }}{{ end }}"
+    assert Template(keys).render({"R": fmt.Struct({"z": 1, "a": 2}, {})}) == "za"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a{{ .Last }}b", "aL"),
+        ("a{{ if .Last }}b{{ .Last }}c{{ end }}d", "abL"),
+        ("a{{ if .Last }}b{{ end }}c", "ab"),
+        ("a{{ if not .Last }}b{{ else }}c{{ end }}d", "ac"),
+        ("a{{ .Other }}b", "a<no value>b"),
+        ("{{ range .List }}{{ . }}{{ $.Last }}{{ end }}", "aL"),
+        ("{{ $x := .Last }}{{ $x }}b", "Lb"),
+        ("{{ printf `%s!` .Last }}b", "L!"),
+    ],
+)
+def test_a_text_can_end_where_a_field_is_written(source, expected):
+    values = {"Last": "L", "List": ["a", "b"]}
+    assert Template(source).render(values, until="Last") == expected
+    assert Template(source).render(values).startswith(expected)

@@ -23,6 +23,21 @@ class CannotPrint(Exception):
     """A value that has no printed form; the template turns this into its own error."""
 
 
+class Struct(dict[str, Any]):
+    """One of Go's records: a template asks for Go's names, and prints the JSON that it stands for.
+
+    Struct({"Name": "add"}, plain={"name": "add"}).  A map whose order matters is one, too.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], plain: Any) -> None:
+        super().__init__(fields)
+        self.plain = plain
+
+
+class Structs(list[Any]):
+    """A list that is printed as JSON."""
+
+
 def show(value: Any, depth: int = 0) -> str:
     """A value as %v prints it."""
     if depth > MAX_NESTING:
@@ -33,6 +48,8 @@ def show(value: Any, depth: int = 0) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return _general(value)
+    if isinstance(value, Struct | Structs):
+        return to_json(value)
     if isinstance(value, Mapping):
         keys = sorted(value, key=str)
         return f"map[{' '.join(f'{show(k)}:{show(value[k], depth + 1)}' for k in keys)}]"
@@ -67,14 +84,23 @@ def sprintln(values: Sequence[Any]) -> Iterator[str]:
 
 
 def to_json(value: Any) -> str:
-    """Go's json.Marshal: compact, keys sorted, <, > and & escaped."""
+    """Go's json.Marshal: compact, keys of maps sorted, <, > and & escaped."""
     try:
-        text = json.dumps(
-            value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
+        text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CannotPrint(f"no JSON can be made of this: {error}") from None
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def _plain(value: Any) -> Any:
+    """What is to be written as JSON: records as they came, other maps by sorted keys."""
+    if isinstance(value, Struct):
+        return value.plain
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 # ----------------------------------------------------------------------------------- printf

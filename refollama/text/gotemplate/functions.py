@@ -1,6 +1,7 @@
 """What do the functions of a template compute? One table, FUNCTIONS.
 
-Source: the documentation of Go's package text/template; `json` is Ollama's own.
+Source: the documentation of Go's package text/template; `json`, the dates and `toTypeScriptType`
+are Ollama's own.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, timedelta
 from typing import Any
 
 from refollama.text.gotemplate import fmt
@@ -126,6 +128,29 @@ def _printf(args: Iterator[Any]) -> Iterator[str]:
     return fmt.sprintf(form, values)
 
 
+def _date(days_ago: int) -> str:
+    return (date.today() - timedelta(days=days_ago)).isoformat()
+
+
+_TYPESCRIPT = {
+    "string": "string",
+    "number": "number",
+    "integer": "number",
+    "boolean": "boolean",
+    "array": "any[]",
+    "object": "Record<string, any>",
+    "null": "null",
+}
+
+
+def _typescript(args: Iterator[Any]) -> str:
+    """The type of a property, or the name of one of JSON Schema's types, in TypeScript's words."""
+    given = next(args)
+    kinds = given.get("Type") if isinstance(given, Mapping) else given
+    names = kinds if isinstance(kinds, list | tuple) else [kinds]
+    return " | ".join(_TYPESCRIPT.get(str(name), "any") for name in names) or "any"
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
     """The arguments come one by one, so that `and` and `or` can leave the rest alone."""
@@ -152,4 +177,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "println": Function(lambda args: fmt.sprintln(list(args)), 0),
     "printf": Function(_printf, 1),
     "json": Function(lambda args: fmt.to_json(next(args)), 1, 1),
+    "currentDate": Function(lambda args: _date(0), 0),
+    "yesterdayDate": Function(lambda args: _date(1), 0),
+    "toTypeScriptType": Function(_typescript, 1, 1),
 }

@@ -73,6 +73,7 @@ class Fields:
             if not isinstance(value, Mapping):
                 raise run.error(self.at, f"there is no field {name} in a {fmt.type_name(value)}")
             value = value.get(name)
+            run.reached = run.reached or name == run.until
         return value
 
 
@@ -133,6 +134,10 @@ class Continue(Exception):
     """{{ continue }}"""
 
 
+class Reached(Exception):
+    """The field has been written that was to be the last thing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     at: int
@@ -150,6 +155,7 @@ class Print:
     def write(self, run: Run, dot: Any) -> None:
         value = self.pipe.value(run, dot)
         if self.pipe.slots:  # {{ $x := … }} sets, and prints nothing
+            run.reached = False
             return
         try:
             run.print(self.at, "<no value>" if value is None else fmt.show(value))
@@ -167,10 +173,14 @@ class Choice:
     moves_dot: bool  # with: the dot becomes the value
 
     def write(self, run: Run, dot: Any) -> None:
-        for pipe, body in self.branches:
+        body, inner = self.otherwise, dot
+        for pipe, branch in self.branches:
             if value := pipe.value(run, dot):
-                return run.write(body, value if self.moves_dot else dot)
-        return run.write(self.otherwise, dot)
+                body, inner = branch, value if self.moves_dot else dot
+                break
+        reached, run.reached = run.reached, False  # what a condition asks for is not shown yet
+        run.write(body, inner)
+        run.reached = reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +199,7 @@ class Range:
             run.variables[slot] = value  # what the else branch sees
         if not value or (type(value) is int and value < 0):
             return run.write(self.otherwise, dot)
+        run.reached = False
         for pair in self._pairs(run, value):
             run.step(self.at)
             run.variables.update(zip(self.slots, pair[2 - len(self.slots) :], strict=False))
@@ -202,7 +213,8 @@ class Range:
 
     def _pairs(self, run: Run, value: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(value, Mapping):
-            return ((key, value[key]) for key in sorted(value, key=str))
+            keys = value if isinstance(value, fmt.Struct) else sorted(value, key=str)
+            return ((key, value[key]) for key in keys)
         if isinstance(value, list | tuple):
             return iter(enumerate(value))
         if type(value) is int:
@@ -240,6 +252,8 @@ class Run:
     source: str
     defined: Mapping[str, Body]
     variables: dict[int, Any]  # by slot; the parser gave each variable its own
+    until: str = ""  # the field with which the text ends, wherever it is written
+    reached: bool = False  # has that field been asked for?
     out: list[str] = field(default_factory=list)
     depth: int = 0
     steps: int = 0
@@ -253,6 +267,8 @@ class Run:
             for node in body:
                 self.step(node.at)
                 node.write(self, dot)
+                if self.reached:
+                    raise Reached
         finally:  # a break leaves, too
             self.depth -= 1
 

@@ -1,0 +1,367 @@
+"""What does a model get to read, and what is in its answer? The two ends of a conversation.
+
+    messages ── opened ──► with the model's own ── render, shortened ──► Prompt ──► ids
+    chunks ◄── told ── thinking, calls of tools and text, apart ◄── pieces of the answer
+
+Used by `LoadedModel.chat` and by the service; neither weights nor HTTP are known here.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from refollama.errors import BadRequest
+from refollama.messages import Chat, Chunk, Generate, Message, ToolCall
+from refollama.store import ModelFiles
+from refollama.text.jinja import JinjaTemplate
+from refollama.text.prompt import (
+    ROLES,
+    AnyTemplate,
+    Talk,
+    is_bare,
+    knows_suffix,
+    knows_tools,
+    render,
+    shortened,
+    template_from,
+)
+from refollama.text.thinking import Tags, Thoughts, thinking_tags
+from refollama.text.tokenizer import Tokenizer, unguarded, valid
+from refollama.text.toolcalls import ToolCalls, tool_tag
+
+if TYPE_CHECKING:  # they bring torch along
+    from refollama.engine.sequence import Extras
+    from refollama.options import Options
+
+THINK_LEVELS = ("high", "medium", "low", "max")
+
+Chunks = Generator[Chunk, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """How a model wants to be talked to: what its Modelfile says, and what its file does."""
+
+    name: str = "this model"
+    template: str = ""  # Go's; empty: the file's own
+    jinja: str = ""  # the file's own
+    system: str = ""
+    messages: tuple[Message, ...] = ()  # the turns that begin every conversation
+    bos: str = ""  # how the tokens are written that begin and end a text
+    eos: str = ""
+
+
+def scripted(script: Script, files: ModelFiles) -> Script:
+    """The file's own script, under what the Modelfile says."""
+    return replace(
+        script,
+        name=files.name.full,
+        template=files.template or "",
+        system=files.system or "",
+        messages=files.messages,
+    )
+
+
+def script_from(metadata: Mapping[str, Any]) -> Script:
+    """What a GGUF file says about conversations. A key of another type is as good as none."""
+
+    def spelled(name: str) -> str:
+        tokens = metadata.get("tokenizer.ggml.tokens") or []
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return str(tokens[id]) if isinstance(id, int) and 0 <= id < len(tokens) else ""
+
+    jinja = metadata.get("tokenizer.chat_template")
+    jinja = jinja if isinstance(jinja, str) else ""
+    return Script(jinja=jinja, bos=spelled("bos"), eos=spelled("eos"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who is to read the prompt: a tokenizer, and so many tokens of context."""
+
+    words: Tokenizer
+    tokens: Callable[[str], list[int]]
+    room: int
+    continues: bool = False  # after tokens that were there before
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, and what to look for in the answer."""
+
+    text: str  # as people may see it: without guards
+    tokens: list[int]
+    truncated: int = 0  # tokens that went with the messages that were left out
+    messages_truncated: int = 0
+    tags: Tags | None = None  # of thoughts, if they are to be told apart
+    tool_tag: str = ""
+    tools: frozenset[str] = field(default_factory=frozenset)  # names of those that may be called
+
+    @property
+    def begun(self) -> bool:
+        """Does the prompt begin the thought itself?"""
+        return self.tags is not None and self.text.rstrip().endswith(self.tags.opening)
+
+
+# ── before the answer ─────────────────────────────────────────────────────────────────────────
+
+
+def chat_prompt(script: Script, ask: Chat, reader: Reader) -> Prompt:
+    """The prompt of a conversation; the oldest messages go if not all fit.
+
+    Raises: BadRequest for what the model cannot do, TemplateError, PromptTooLong.
+    """
+    template = template_from(script.template, script.jinja)
+    messages = opened(script, ask.messages)
+    talk = Talk(messages, ask.tools, _thinks(script, template, ask.model, ask.think))
+    if ask.tools and not knows_tools(template):
+        raise BadRequest(f"{script.name} does not support tools")
+    writer = _Writer(script, template, reader, reader.words.guard)
+    tools = frozenset(map(_tool_name, ask.tools))
+    prompt = writer.prompt(talk, truncate=ask.truncate)
+    return replace(prompt, tool_tag=tool_tag(template) if tools else "", tools=tools)
+
+
+def generate_prompt(script: Script, ask: Generate, reader: Reader) -> Prompt:
+    """The prompt of one turn.  Raises: as `chat_prompt` does."""
+    template = template_from(ask.template or script.template, script.jinja)
+    think = _thinks(script, template, ask.model, ask.think)
+    if ask.raw:
+        prompt = valid(ask.prompt)
+        return Prompt(prompt, reader.tokens(prompt))
+    if ask.suffix and not knows_suffix(template):
+        raise BadRequest(f"{script.name} does not support insert")
+    script = replace(script, system=ask.system or script.system)
+    script = script if not ask.context else replace(script, messages=())
+    messages = opened(script, (Message("user", ask.prompt),))
+    talk = Talk(messages, think=think, suffix=ask.suffix, first=not ask.context)
+    guard = valid if is_bare(template) else reader.words.guard
+    return _Writer(script, template, reader, guard).prompt(talk, truncate=False)
+
+
+def opened(script: Script, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The conversation behind the model's own beginning.
+
+    The model's system text comes first, unless the conversation begins with one.
+    """
+    own = (Message("system", script.system),) if script.system else ()
+    if messages and messages[0].role == "system":
+        own, messages = (messages[0],), messages[1:]
+    return (*own, *script.messages, *messages)
+
+
+def check_messages(messages: Iterable[Message]) -> None:
+    """Raises: BadRequest for a role that there is not, and for images."""
+    for message in messages:
+        if message.role not in ROLES:
+            raise BadRequest(
+                f"invalid role: {message.role[:40]}, role must be one of [{', '.join(ROLES)}]"
+            )
+        if message.images:
+            raise BadRequest("this version cannot look at images")
+
+
+def check_think(think: bool | str | None) -> None:
+    """Raises: BadRequest for a level that there is not."""
+    if isinstance(think, str) and think not in THINK_LEVELS:
+        levels = ", ".join(f'"{level}"' for level in THINK_LEVELS)
+        raise BadRequest(f'invalid think value: "{think[:40]}" (must be {levels}, true, or false)')
+
+
+def _thinks(
+    script: Script, template: AnyTemplate, model: str, think: bool | str | None
+) -> bool | str | None:
+    """Is it to think aloud? What can think does, unless it is told not to."""
+    can = thinking_tags(template) is not None
+    if think and not can:
+        raise BadRequest(f'"{model or script.name}" does not support thinking')
+    return True if can and think is None else think
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise BadRequest('each tool must be {"type": "function", "function": {"name": …, …}}')
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Turns a conversation into text and tokens."""
+
+    script: Script
+    template: AnyTemplate
+    reader: Reader
+    guard: Callable[[str], str]
+
+    def prompt(self, talk: Talk, *, truncate: bool) -> Prompt:
+        """As much of the conversation as the context holds; the last message in any case."""
+        choices = shortened(talk.messages) if truncate else [talk.messages]
+
+        @cache
+        def tried(choice: int) -> tuple[str, list[int]]:
+            text = self.text(replace(talk, messages=choices[choice]))
+            return text, self.reader.tokens(text)
+
+        def fits(choice: int) -> bool:
+            return len(tried(choice)[1]) <= self.reader.room
+
+        found = 0
+        if len(choices) > 1 and not fits(0):
+            found = min(bisect_left(range(len(choices)), True, key=fits), len(choices) - 1)
+        text, tokens = tried(found)
+        lost = len(tried(0)[1]) - len(tokens)
+        tags = thinking_tags(self.template) if talk.think is not False else None
+        dropped = len(talk.messages) - len(choices[found])
+        return Prompt(unguarded(text), tokens, max(lost, 0), dropped, tags)
+
+    def text(self, talk: Talk) -> str:
+        """A template of Jinja's spells BOS itself; where the tokenizer adds one it goes."""
+        words, bos = self.reader.words, self.script.bos
+        text = render(self.template, talk, guard=self.guard, bos=bos, eos=self.script.eos)
+        added = words.bos_id is not None and words.around([])[:1] == [words.bos_id]
+        if isinstance(self.template, JinjaTemplate) and (added or self.reader.continues):
+            return text.removeprefix(bos)
+        return text
+
+
+# ── the answer ────────────────────────────────────────────────────────────────────────────────
+
+
+class Model(Protocol):
+    """What has to be known of a model to hear its answer."""
+
+    tokenizer: Tokenizer
+
+    def answer(self, tokens: Sequence[int], options: Options, extras: Extras) -> Chunks: ...
+
+
+def converse(model: Model, prompt: Prompt, options: Options, extras: Extras) -> Chunks:
+    """The answer to a prompt; closing it is cancelling.
+
+    If it must have a form, its thoughts need none: what follows them is such a value.
+    Raises: all that `LoadedModel.answer` raises.
+    """
+    if extras.grammar is None or prompt.tags is None:
+        return told(model.answer(prompt.tokens, options, extras), prompt)
+    return told(_thought_first(model, prompt, options, extras), prompt)
+
+
+def _thought_first(model: Model, prompt: Prompt, options: Options, extras: Extras) -> Chunks:
+    """Two answers as one: thoughts without a form, then what is said, in the form."""
+    start, text, shown = time.perf_counter_ns(), "", 0
+    assert prompt.tags is not None
+    thoughts = Thoughts(prompt.tags, begun=prompt.begun)
+    chunk = Chunk()
+    with closing(model.answer(prompt.tokens, options, replace(extras, grammar=None))) as free:
+        for chunk in free:
+            text += chunk.text
+            thoughts.feed(chunk.text)
+            if chunk.done or thoughts.over:
+                break
+            if thoughts.inside:
+                yield replace(chunk, text=text[shown:])
+                shown = len(text)
+    if chunk.done and chunk.done_reason == "length":
+        yield replace(chunk, text=text[shown:])
+        return
+    thought = _whole_thought(text, prompt.tags, begun=prompt.begun)
+    yield Chunk(thought[shown:], logprobs=chunk.logprobs if thought else ())
+    ids = model.tokenizer.encode(thought, special=True, continues=True) if thought else []
+    if options.num_predict > 0:
+        options = options.updated({"num_predict": max(0, options.num_predict - len(ids))})
+    with closing(model.answer([*prompt.tokens, *ids], options, extras)) as formed:
+        for chunk in formed:
+            yield _after_thought(chunk, len(ids), start) if chunk.done else chunk
+
+
+def _whole_thought(text: str, tags: Tags, *, begun: bool) -> str:
+    """A thought with its closing tag, also if the model forgot that; nothing if it had none."""
+    if not begun and not text.lstrip().startswith(tags.opening):
+        return ""
+    return text.partition(tags.closing)[0] + tags.closing
+
+
+def _after_thought(end: Chunk, ids: int, start: int) -> Chunk:
+    """The thought counts as part of the answer, not of the prompt."""
+    assert end.stats is not None
+    reading = end.stats.prompt_eval_duration
+    stats = replace(
+        end.stats,
+        prompt_eval_count=max(0, end.stats.prompt_eval_count - ids),
+        eval_count=end.stats.eval_count + ids,
+        eval_duration=max(0, time.perf_counter_ns() - start - reading),
+    )
+    return replace(end, stats=stats)
+
+
+def told(chunks: Chunks, prompt: Prompt) -> Chunks:
+    """The same answer, with thoughts, calls and text apart; log-probabilities come along."""
+    reply = _Reply(prompt)
+    noted: tuple[Any, ...] = ()
+    with closing(chunks):
+        for chunk in chunks:
+            part = reply.finish() if chunk.done else reply.feed(chunk.text)
+            noted += chunk.logprobs
+            if part.text or part.thinking or part.tool_calls:
+                yield replace(part, logprobs=noted)
+                noted = ()
+            if chunk.done:
+                yield replace(_counted(chunk, prompt), logprobs=noted)
+
+
+def gathered(chunks: Iterable[Chunk]) -> Chunk:
+    """All pieces as one: the last record with all that was said."""
+    *pieces, end = list(chunks)
+    return replace(
+        end,
+        text="".join(piece.text for piece in (*pieces, end)),
+        thinking="".join(piece.thinking for piece in (*pieces, end)),
+        tool_calls=tuple(call for piece in (*pieces, end) for call in piece.tool_calls),
+        logprobs=tuple(one for piece in (*pieces, end) for one in piece.logprobs),
+    )
+
+
+def _counted(end: Chunk, prompt: Prompt) -> Chunk:
+    if end.stats is None or not prompt.messages_truncated:
+        return end
+    lost = end.stats.prompt_truncated + prompt.truncated
+    stats = replace(end.stats, prompt_truncated=lost, messages_truncated=prompt.messages_truncated)
+    return replace(end, stats=stats)
+
+
+class _Reply:
+    """First a model thinks, if it does; then it calls tools, or says something."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._thoughts = self._calls = None
+        if prompt.tags is not None:
+            self._thoughts = Thoughts(prompt.tags, begun=prompt.begun)
+        if prompt.tools:
+            self._calls = ToolCalls(prompt.tool_tag, prompt.tools)
+
+    def feed(self, text: str) -> Chunk:
+        thinking = ""
+        if self._thoughts is not None:
+            thinking, text = self._thoughts.feed(text)
+        calls: tuple[ToolCall, ...] = ()
+        if self._calls is not None:
+            text, calls = self._calls.feed(text)
+        return Chunk(text, thinking=thinking, tool_calls=calls)
+
+    def finish(self) -> Chunk:
+        thinking = text = ""
+        if self._thoughts is not None:
+            thinking, text = self._thoughts.finish()
+        calls: tuple[ToolCall, ...] = ()
+        if self._calls is not None:
+            text, calls = self._calls.feed(text)
+            text += self._calls.finish()
+        return Chunk(text, thinking=thinking, tool_calls=calls)

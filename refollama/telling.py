@@ -1,0 +1,106 @@
+"""From ids to records: an answer on its way out, piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from refollama.engine.sequence import Logprob
+from refollama.engine.sequence import Sequence as Running
+from refollama.messages import Chunk, Stats, TokenLogprob
+from refollama.text.stops import StopStrings
+from refollama.text.tokenizer import StreamDecoder, Tokenizer
+
+
+class Telling:
+    """An answer on its way from ids to pieces of text; formed: a grammar says what it may be."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, sequence: Running, stop: Sequence[str], *, formed: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sequence = sequence
+        self.formed = formed
+        self.stops = StopStrings(stop)
+        self.drawn: list[int] = []
+        self.shown = 0  # characters
+        self._decoder = self._after_prompt()
+        self._noted = 0  # tokens whose log-probabilities were told
+
+    def push(self, token: int) -> Chunk | None:
+        """The text that is safe to show now, if there is any."""
+        self.drawn.append(token)
+        return self._chunk(self.stops.feed(self._decoder.push(token)))
+
+    def finish(self) -> Chunk | None:
+        """What was held back, once no more comes."""
+        return self._chunk(self.stops.feed(self._decoder.finish()) + self.stops.finish())
+
+    def done_reason(self) -> str:
+        """Why the answer ended; one that must have a form is never whole before a stop string."""
+        if not self.stops.hit:
+            return self.sequence.done_reason
+        return "length" if self.formed else "stop"
+
+    def _after_prompt(self) -> StreamDecoder:
+        decoder = StreamDecoder(self.tokenizer, after=self.sequence.prompt)
+        if self.formed:
+            decoder.finish()  # half a character of the prompt is no part of the form
+        return decoder
+
+    def _chunk(self, text: str) -> Chunk | None:
+        self.shown += len(text)
+        return Chunk(text, logprobs=self.noted(len(self.drawn))) if text else None
+
+    def noted(self, count: int) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the first `count` tokens, less those that were told already.
+
+        The engine may be ahead of what has been read of it, so its list may be longer.
+        """
+        likely = self.sequence.likely[self._noted : count]
+        self._noted += len(likely)
+        return tuple(self._named(one) for one in likely)
+
+    def context(self) -> tuple[int, ...]:
+        """The ids of the prompt and of what was shown; a token that was cut is respelled."""
+        if not self.stops.hit:
+            return (*self.sequence.prompt, *self.drawn)
+        return (*self.sequence.prompt, *self._visible())
+
+    def _visible(self) -> list[int]:
+        """The ids of an answer's first `shown` characters."""
+        decoder = self._after_prompt()
+        kept: list[int] = []
+        text = ""
+        for token in self.drawn:
+            longer = text + decoder.push(token)
+            if len(longer) > self.shown:
+                rest = longer[len(text) : self.shown]
+                return kept + self.tokenizer.encode(rest, continues=True)
+            kept.append(token)
+            text = longer
+        return kept
+
+    def _named(self, one: Logprob) -> TokenLogprob:
+        best = tuple(self._token(id, logprob) for id, logprob in one.best)
+        return replace(self._token(one.id, one.logprob), top=best)
+
+    def _token(self, id: int, logprob: float) -> TokenLogprob:
+        spelled = self.tokenizer.spelling(id)
+        return TokenLogprob(id, spelled.decode(errors="replace"), spelled, logprob)
+
+
+def stats(seq: Running, start: int, drawn: int) -> Stats:
+    """Counts and durations of an answer that has just ended."""
+    now = time.perf_counter_ns()
+    read = seq.prompt_read or now
+    return Stats(
+        total_duration=now - start,
+        prompt_eval_count=len(seq.prompt) if seq.prompt_read else 0,
+        prompt_cached_count=seq.cached,
+        prompt_truncated=seq.dropped,
+        prompt_eval_duration=read - (seq.started or read),
+        eval_count=drawn,
+        eval_duration=now - read,
+    )
