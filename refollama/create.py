@@ -3,8 +3,10 @@
     FROM a file            → checked as GGUF, copied into the store
     FROM @sha256:<hex>     → checked as GGUF, already in the store
     FROM a model's name    → its layers, marked with where they came from
+    ADAPTER, a second FROM → a file or a blob that is an adapter or a projector, stored as such
     TEMPLATE SYSTEM …      → one small blob each
     PARAMETER …            → merged over the parent's, one blob
+    MESSAGE …              → instead of the parent's, one blob
 
 Whatever goes wrong, and whenever the caller closes the iterator, the store is as it was before.
 """
@@ -18,7 +20,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from refollama.errors import (
     BadName,
@@ -30,16 +32,16 @@ from refollama.errors import (
     StoreError,
     UnsupportedModel,
 )
-from refollama.messages import Create, Progress
+from refollama.messages import Create, Message, Progress
 from refollama.paths import is_path
 from refollama.store import TEXT_LIMIT, Store
 from refollama.store import manifest as kinds
-from refollama.store import modelfile as modelfiles
-from refollama.store.blobs import checked_digest
+from refollama.store.blobs import checked_digest, regular
 from refollama.store.draft import Draft
-from refollama.store.manifest import Config, Layer, Manifest, as_float32, params_to_bytes
+from refollama.store.manifest import Config, Layer, Manifest, messages_to_bytes, params_to_bytes
 from refollama.store.modelfile import Command, Modelfile
 from refollama.store.name import Name
+from refollama.store.recipe import Recipe, read
 from refollama.text.template import Template
 from refollama.weights.gguf import is_gguf, open_gguf
 
@@ -63,10 +65,11 @@ _TEXTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
-    """What FROM stands for, checked."""
+class _Part:
+    """What FROM or ADAPTER stands for, checked."""
 
     status: str
+    kind: str  # the media type of what it brings
     config: Config
     path: Path | None = None  # a file that is still to be copied into the store
     total: int = 0  # its length in bytes
@@ -74,35 +77,42 @@ class _Base:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
+_Step = tuple[Command, _Part | None]
+
+
 def create(store: Store, ask: Create, *, local_files: bool) -> Generator[Progress, None, None]:
     """Make a model; the statuses of the work, one after another.
 
-    `local_files`: may FROM name a file of this machine?  Only where the asker sits at it.
+    `local_files`: may it name files of this machine?  Only where the asker sits at it.
     Raises: at once BadName, ModelfileError, TemplateError, BadRequest, NotFound, FormatError and
-    UnsupportedModel; while iterating StoreError, and BadRequest if the file changes under way.
+    UnsupportedModel; while iterating StoreError, and BadRequest if a file changes under way.
     """
     name = Name.parse(ask.model)
-    modelfile = modelfiles.parse(ask.modelfile)
-    _check(modelfile)
-    parameters = _parameters(modelfile)
-    directory = Path(ask.directory) if ask.directory else None
-    base = _base(store, modelfile.all("from")[0].args[0], directory, local_files)
-    return _steps(store, name, modelfile, parameters, base)
+    recipe = read(ask, local_files=local_files)
+    _check_texts(recipe.commands)
+    # FROM first, wherever it stands: what the Modelfile says replaces what is inherited.
+    commands = sorted(recipe.commands.commands, key=lambda command: command.name != "from")
+    find = _Finder(store, recipe.directory, local_files)
+    steps = [(command, find.part(command)) for command in commands]
+    _check_parts(steps)
+    return _steps(store, name, steps, recipe)
 
 
 def _steps(
-    store: Store, name: Name, modelfile: Modelfile, parameters: dict[str, Any], base: _Base
+    store: Store, name: Name, steps: list[_Step], recipe: Recipe
 ) -> Generator[Progress, None, None]:
     """All that writes.  Each status comes before the work that it names."""
     with store.draft() as draft:
-        build = _Build(store, draft, base.config)
-        # FROM first, wherever it stands: what the Modelfile says replaces what is inherited.
-        for command in sorted(modelfile.commands, key=lambda command: command.name != "from"):
-            yield from build.follow(command, base)
-        if parameters:
+        build = _Build(store, draft)
+        for command, part in steps:
+            yield from build.follow(command, part)
+        if recipe.parameters:
             yield Progress("creating parameters layer")
-            merged = params_to_bytes({**base.parameters, **parameters})
-            build.put(kinds.PARAMS, merged, replaces=(kinds.PARAMS,))
+            build.put(kinds.PARAMS, _merged(steps, recipe.parameters), replaces=(kinds.PARAMS,))
+        messages = _messages(recipe.commands)
+        if messages:
+            yield Progress("creating messages layer")
+            build.put(kinds.MESSAGES, messages, replaces=(kinds.MESSAGES,))
         yield Progress("creating config layer")
         manifest = build.manifest()
         for layer in (*manifest.layers, manifest.config):
@@ -111,6 +121,20 @@ def _steps(
         yield Progress("writing manifest")
         draft.commit(name, manifest)
     yield Progress("success")
+
+
+def _merged(steps: list[_Step], parameters: Mapping[str, Any]) -> bytes:
+    """The blob of all parameters: what is given wins over what is inherited."""
+    inherited: dict[str, Any] = {}
+    for _, part in steps:
+        inherited |= part.parameters if part else {}
+    return params_to_bytes({**inherited, **parameters})
+
+
+def _messages(modelfile: Modelfile) -> bytes:
+    said = (command.args for command in modelfile.all("message"))
+    turns = [Message(role, text) for role, text in said]
+    return messages_to_bytes(turns) if turns else b""
 
 
 # -------------------------------------------------------------------- the parts of a model
@@ -122,14 +146,14 @@ class _Build:
 
     store: Store
     draft: Draft
-    config: Config
     layers: list[Layer] = field(default_factory=list)
+    configs: list[tuple[str, Config]] = field(default_factory=list)  # by kind of part
 
-    def follow(self, command: Command, base: _Base) -> Iterator[Progress]:
-        """One command of the Modelfile."""
-        if command.name == "from":
-            yield Progress(base.status)
-            yield from self._take(base)
+    def follow(self, command: Command, part: _Part | None) -> Iterator[Progress]:
+        """One command of the Modelfile; parameters and messages come when all have been."""
+        if part is not None:
+            yield Progress(part.status)
+            yield from self._take(part)
         if command.name in _TEXTS:
             yield Progress(f"creating {command.name} layer")
             media_type, replaces = _TEXTS[command.name]
@@ -138,27 +162,45 @@ class _Build:
     def put(self, media_type: str, data: bytes, replaces: tuple[str, ...]) -> None:
         """Add a small blob as the last layer.  Empty ones are left out."""
         if data:
-            kept = [layer for layer in self.layers if layer.media_type not in replaces]
-            self.layers = [*kept, Layer(media_type, self.draft.add(data), len(data))]
+            self.layers = [layer for layer in self.layers if layer.media_type not in replaces]
+            self._add(Layer(media_type, self.draft.add(data), len(data)))
 
     def manifest(self) -> Manifest:
         """Adds the config, which names all the layers."""
-        data = self.config.to_bytes(layer.digest for layer in self.layers)
+        data = self._config().to_bytes(layer.digest for layer in self.layers)
         config = Layer(kinds.CONFIG, self.draft.add(data), len(data))
         return Manifest(config, tuple(self.layers))
 
-    def _take(self, base: _Base) -> Iterator[Progress]:
-        for layer in base.layers:
-            self.draft.use(layer.digest)
-        self.layers += base.layers
-        if base.path is not None:
-            yield from self._copy(base.path, Progress(base.status, total=base.total))
+    def _config(self) -> Config:
+        """Of the model that is brought; a projector adds its family, an adapter nothing."""
+        (base,) = (config for kind, config in self.configs if kind == kinds.MODEL)
+        more = (config for kind, config in self.configs if kind == kinds.PROJECTOR)
+        families = dict.fromkeys(family for c in (base, *more) for family in c.families or ())
+        return replace(base, families=tuple(families) or None)
 
-    def _copy(self, path: Path, at: Progress) -> Iterator[Progress]:
+    def _add(self, layer: Layer) -> None:
+        """What a model has already, it does not get twice: a licence, say, that is inherited."""
+        had = {(other.media_type, other.digest) for other in self.layers}
+        if (layer.media_type, layer.digest) not in had:
+            self.layers.append(layer)
+
+    def _take(self, part: _Part) -> Iterator[Progress]:
+        for layer in part.layers:
+            self._add(replace(layer, digest=self.draft.use(layer.digest)))
+        config = part.config
+        if part.path is not None:
+            config = yield from self._copy(part, part.path)
+        self.configs.append((part.kind, config))
+
+    def _copy(self, part: _Part, path: Path) -> Generator[Progress, None, Config]:
+        at = Progress(part.status, total=part.total)
         digest = yield from _now_and_then(self.draft.add_file(path), at)
         # Checked once more, as it lies in the store: the file may have changed meanwhile.
-        self.config = _described(self.store.blobs.path(digest))
-        self.layers.append(Layer(kinds.MODEL, digest, self.store.blobs.size(digest)))
+        found = described(self.store.blobs.path(digest))
+        if found.kind != part.kind:
+            raise BadRequest(f"{path.name!r} was changed while it was read: try again")
+        self._add(Layer(part.kind, digest, self.store.blobs.size(digest)))
+        return found.config
 
 
 def _now_and_then(steps: Generator[int, None, T], at: Progress) -> Generator[Progress, None, T]:
@@ -176,137 +218,206 @@ def _now_and_then(steps: Generator[int, None, T], at: Progress) -> Generator[Pro
                 shown = time.monotonic()
 
 
-# -------------------------------------------------------------------- what FROM means
+# -------------------------------------------------------------------- what FROM and ADAPTER mean
 
 _NO_FILES = (
-    "FROM a file of the server is only allowed from the machine that it runs on: "
-    "upload the file as a blob and use FROM @sha256:<digest>"
+    "{} a file of the server is only allowed from the machine that it runs on: "
+    "upload the file as a blob and use {} @sha256:<digest>"
 )
+_STATUS = {
+    kinds.MODEL: "creating model layer",
+    kinds.PROJECTOR: "creating model layer",  # as Ollama says
+    kinds.ADAPTER: "creating adapter layer",
+}
 
 
-def _base(store: Store, what: str, directory: Path | None, local_files: bool) -> _Base:
-    """A blob, a file, or the name of a model: in this order."""
-    if what.startswith("@"):
-        return _from_blob(store, what.removeprefix("@"))
-    path = _local(what, directory) if local_files else None
-    if path is not None:
-        return _from_file(path, what)
-    return _from_model(store, _model_name(what, local_files))
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Looks for what the commands name: in the store, and on this machine if that is allowed."""
+
+    store: Store
+    directory: Path | None
+    local_files: bool
+
+    def part(self, command: Command) -> _Part | None:
+        """A blob, a file, or the name of a model: in this order.  None: it names nothing."""
+        if command.name not in ("from", "adapter"):
+            return None
+        what = command.args[0]
+        digest = self._digest(what)
+        if digest is not None:
+            return self._checked(command, self._blob(digest))
+        path = self._local(command) if self.local_files else None
+        if path is not None:
+            return self._checked(command, _from_file(path, command))
+        if command.name == "adapter":
+            raise _unreadable(command) if self.local_files else _no_files(command)
+        return self._model(self._model_name(command))
+
+    def _checked(self, command: Command, part: _Part) -> _Part:
+        if command.name == "adapter" and part.kind != kinds.ADAPTER:
+            raise _refused(command, "this is no adapter: a model or a projector belongs to FROM")
+        return part
+
+    def _digest(self, what: str) -> str | None:
+        """Of a blob in the store: `@sha256:…`, or the path that `show` prints for it."""
+        if what.startswith("@"):
+            return checked_digest(what.removeprefix("@"))
+        path = Path(what)
+        if path.parent != self.store.blobs.folder.absolute():
+            return None
+        return checked_digest(path.name)
+
+    def _blob(self, digest: str) -> _Part:
+        if not self.store.blobs.has(digest):
+            raise NotFound(f"blob '{digest}' not found: upload it first")
+        kind, config = described(self.store.blobs.path(digest))
+        layer = Layer(kind, digest, self.store.blobs.size(digest))
+        return _Part(_STATUS[kind], kind, config, layers=(layer,))
+
+    def _model(self, name: Name) -> _Part:
+        """All layers of the parent, marked with its name: a push can then mount them elsewhere."""
+        store = self.store
+        parent = store.manifests.read(name)
+        weights = [layer for layer in parent.manifest.layers if layer.media_type == kinds.MODEL]
+        if not all(store.blobs.has(layer.digest) for layer in weights):
+            raise ModelNotFound(parent.name)
+        old = store.config(parent)
+        families = dict.fromkeys(filter(None, (*(old.families or ()), old.family)))
+        return _Part(
+            "reading model metadata",
+            kinds.MODEL,
+            replace(old, families=tuple(families) or None),
+            layers=tuple(replace(one, from_=str(parent.name)) for one in parent.manifest.layers),
+            parameters=store.parameters(parent),
+        )
+
+    def _local(self, command: Command) -> Path | None:
+        """The file that is meant, or None where a model's name may be meant.
+
+        Raises: BadRequest for what can only be a path and is no regular file: the same sentence
+        whether it is missing, forbidden, a folder, a device, or no GGUF file.
+        """
+        what, folder = command.args[0], self.directory
+        path = Path.home() / what[2:] if what.startswith("~/") else Path(what)
+        path = folder / path if folder is not None else path
+        if path.is_absolute() and os.path.isfile(path):
+            return path
+        if is_path(what):
+            raise _unreadable(command)
+        return None
+
+    def _model_name(self, command: Command) -> Name:
+        what = command.args[0]
+        if is_path(what) and not self.local_files:
+            raise _no_files(command)
+        try:
+            return Name.parse(what)
+        except BadName as error:
+            hint = f"neither a file nor a model name; {error}"
+            told = hint if self.local_files else str(_no_files(command))
+            raise BadRequest(f"FROM {what[:200]!r}: {told}") from None
 
 
-def _from_blob(store: Store, text: str) -> _Base:
-    digest = checked_digest(text)
-    if not store.blobs.has(digest):
-        raise NotFound(f"blob '{digest}' not found: upload it first")
-    config = _described(store.blobs.path(digest))
-    layer = Layer(kinds.MODEL, digest, store.blobs.size(digest))
-    return _Base("creating model layer", config, layers=(layer,))
-
-
-def _from_file(path: Path, what: str) -> _Base:
-    if not is_gguf(path):
-        raise _unreadable(what)
+def _from_file(path: Path, command: Command) -> _Part:
+    if not (is_gguf(path) or (command.name == "adapter" and _is_old_adapter(path))):
+        raise _unreadable(command)
     try:
         total = path.stat().st_size
-        return _Base("creating model layer", _described(path), path, total)
+        kind, config = described(path)
     except (NotFound, StoreError, OSError):
-        raise _unreadable(what) from None
+        raise _unreadable(command) from None
+    return _Part(_STATUS[kind], kind, config, path, total)
 
 
-def _from_model(store: Store, name: Name) -> _Base:
-    """All layers of the parent, marked with its name: a push can then mount them elsewhere."""
-    parent = store.manifests.read(name)
-    weights = [layer for layer in parent.manifest.layers if layer.media_type == kinds.MODEL]
-    if not all(store.blobs.has(layer.digest) for layer in weights):
-        raise ModelNotFound(parent.name)
-    old = store.config(parent)
-    families = dict.fromkeys(filter(None, (*(old.families or ()), old.family)))
-    return _Base(
-        "reading model metadata",
-        replace(old, families=tuple(families) or None),
-        layers=tuple(replace(layer, from_=str(parent.name)) for layer in parent.manifest.layers),
-        parameters=store.parameters(parent),
-    )
+def _unreadable(command: Command) -> BadRequest:
+    word, what = command.name.upper(), command.args[0]
+    return BadRequest(f"{word} {what[:200]!r}: there is no GGUF file that can be read")
 
 
-def _local(what: str, directory: Path | None) -> Path | None:
-    """The file that is meant, or None where a model's name may be meant.
-
-    Raises: BadRequest for what can only be a path and is no regular file: the same sentence
-    whether it is missing, forbidden, a folder, a device, or no GGUF file.
-    """
-    path = Path.home() / what[2:] if what.startswith("~/") else Path(what)
-    path = directory / path if directory is not None else path
-    if path.is_absolute() and os.path.isfile(path):
-        return path
-    if is_path(what):
-        raise _unreadable(what)
-    return None
-
-
-def _unreadable(what: str) -> BadRequest:
-    return BadRequest(f"FROM {what[:200]!r}: there is no GGUF file that can be read")
-
-
-def _model_name(what: str, local_files: bool) -> Name:
-    if is_path(what) and not local_files:
-        raise BadRequest(_NO_FILES)
-    try:
-        return Name.parse(what)
-    except BadName as error:
-        hint = f"neither a file nor a model name; {error}" if local_files else _NO_FILES
-        raise BadRequest(f"FROM {what[:200]!r}: {hint}") from None
+def _no_files(command: Command) -> BadRequest:
+    return BadRequest(_NO_FILES.format(*[command.name.upper()] * 2))
 
 
 # -------------------------------------------------------------------- checks, before anything else
 
 
-def _check(modelfile: Modelfile) -> None:
-    """What this version cannot do is refused, not dropped."""
-    for command in (*modelfile.all("adapter"), *modelfile.all("message")):
-        raise ModelfileError(f"{command.name.upper()} is not supported yet", command.line)
-    for command in modelfile.all("from")[1:]:
-        raise ModelfileError("several FROM lines are not supported yet", command.line)
+def _check_parts(steps: list[_Step]) -> None:
+    """Exactly one language model; projectors and adapters may join it."""
+    models = [command for command, part in steps if part and part.kind == kinds.MODEL]
+    if not models:
+        raise UnsupportedModel(
+            "no FROM names a language model: a projector or an adapter alone cannot answer"
+        )
+    for command in models[1:]:
+        raise _refused(command, "a second language model: only a projector or an adapter may join")
+
+
+def _check_texts(modelfile: Modelfile) -> None:
     for command in modelfile.commands:
         _check_text(command)
     for command in modelfile.all("template"):
         Template(command.args[0])
+    if len(_messages(modelfile)) > TEXT_LIMIT:
+        raise BadRequest("the messages of a model are longer than 4 MiB")
 
 
 def _check_text(command: Command) -> None:
     try:
         length = len(command.args[-1].encode())
     except UnicodeEncodeError:
-        raise ModelfileError("half a surrogate pair is no character", command.line) from None
+        raise _refused(command, "half a surrogate pair is no character") from None
     if length > TEXT_LIMIT:
-        raise ModelfileError(f"{command.name.upper()} is longer than 4 MiB", command.line)
+        raise _refused(command, f"{command.name.upper()} is longer than 4 MiB")
 
 
-def _parameters(modelfile: Modelfile) -> dict[str, Any]:
-    """Checked values; numbers with a fraction as wide as Ollama stores them."""
-    values = modelfile.parameters()
-    for key, value in values.items():
-        try:
-            values[key] = as_float32(value) if isinstance(value, float) else value
-        except OverflowError:
-            raise ModelfileError(f"parameter '{key}' is too large: {value}") from None
-    return values
+def _refused(command: Command, problem: str) -> BadRequest:
+    """With the line, where there is one."""
+    return ModelfileError(problem, command.line) if command.line else BadRequest(problem)
 
 
-def _described(path: Path) -> Config:
-    """What the weights say of themselves.
+# -------------------------------------------------------------------- what a file says of itself
 
-    Raises: FormatError when this is not a whole GGUF file; UnsupportedModel for a projector.
+_OLD_ADAPTER = b"algg"  # "ggla", the format of adapters before GGUF, as its little-endian number
+
+
+class Described(NamedTuple):
+    """What a file is: the media type of its layer, and words for people."""
+
+    kind: str
+    config: Config
+
+
+def described(path: Path) -> Described:
+    """Model, projector or adapter?
+
+    Raises: FormatError when this is neither a whole GGUF file nor an adapter of the old format.
     """
+    if _is_old_adapter(path):
+        return Described(kinds.ADAPTER, Config("ggla"))
     with open_gguf(path) as file:
         family = file.metadata.get("general.architecture") or "unknown"
         if not isinstance(family, str) or not family.isprintable() or len(family) > 80:
             raise FormatError(f"{path.name}: general.architecture is not a word")
-        if family == "clip":
-            raise UnsupportedModel("a projector (architecture clip) cannot be used in FROM yet")
         elements = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
         quantization = _quantization(file.metadata.get("general.file_type"))
-    return Config("gguf", family, (family,), parameter_size(elements), quantization)
+        kind = _kind(family, file.metadata.get("general.type"))
+    config = Config("gguf", family, (family,), parameter_size(elements), quantization)
+    return Described(kind, config)
+
+
+def _kind(family: str, type: object) -> str:
+    if type == "adapter":
+        return kinds.ADAPTER
+    return kinds.PROJECTOR if family == "clip" or type == "mmproj" else kinds.MODEL
+
+
+def _is_old_adapter(path: Path) -> bool:
+    try:
+        with regular(path) as file:
+            return file.read(len(_OLD_ADAPTER)) == _OLD_ADAPTER
+    except (BadRequest, OSError):
+        return False
 
 
 def parameter_size(elements: int) -> str:

@@ -1,21 +1,50 @@
-"""The shelf: which models are in memory, who waits for a place, and who has to make room."""
+"""The shelf: which models are in memory, who waits for a place, and who has to make room.
+
+leased ──► idle ──► leased …           the model stays where it is
+             ├──► closed               `keep` seconds after its last use: a timer
+             └──► closed               another model needs the place
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+from refollama.engine import limits
 from refollama.engine.engine import LOOK_AROUND
 from refollama.engine.sequence import never
 from refollama.errors import Abandoned, NotFound, RefollamaError, Stopping
+from refollama.keep_alive import FOR_EVER
 from refollama.loaded import DEFAULTS, LoadedModel, load_file
 from refollama.models.memory import Placement
 from refollama.options import Options
+
+_Key = tuple[object, Placement]  # which file, and where its weights lie
+
+
+class Use(NamedTuple):
+    """What the last lease of a model was for."""
+
+    name: str = ""
+    options: Options = DEFAULTS
+    keep: float = FOR_EVER  # seconds that the model stays afterwards
+
+
+class Running(NamedTuple):
+    """A model in memory."""
+
+    use: Use
+    left: float  # seconds until it is unloaded, if nobody uses it until then
+    nbytes: int  # of its weights and caches
+    nbytes_gpu: int  # of those, on a GPU
+    n_ctx: int  # tokens that its context holds
 
 
 class LoadedModels:
@@ -29,26 +58,53 @@ class LoadedModels:
     def __init__(self, *, limit: int = 1, slots: int = 1) -> None:
         self.limit = limit
         self.slots = slots
-        self._entries: dict[object, _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._queue: deque[object] = deque()  # a ticket for each request that is not yet admitted
         self._closed = False
+        self._timer: threading.Thread | None = None
         self._changed = threading.Condition()  # guards all of the above; never held while closing
 
     @contextmanager
     def lease(
-        self, path: Path, options: Options = DEFAULTS, gone: Callable[[], bool] = never
+        self,
+        path: Path,
+        options: Options = DEFAULTS,
+        gone: Callable[[], bool] = never,
+        *,
+        keep: float = FOR_EVER,
+        name: str = "",
     ) -> Iterator[LoadedModel]:
         """The model of this file, placed as the options say; while the lease lasts it stays.
 
-        gone: asked now and then while waiting.  Raises: Abandoned if it says yes, Stopping, and
-        all that `load_file` raises.
+        gone: asked now and then while waiting.  keep: seconds that the model stays afterwards,
+        unless a later lease says otherwise.  name: for `running`.
+        Raises: Abandoned if `gone` says yes, Stopping, and all that `load_file` raises.
         """
         key = (_identity(path), Placement.of(options))
         entry = self._admitted(key, gone)
+        entry.use = Use(name or path.name, options, keep)
         try:
             yield self._loaded(key, entry, path, options)
         finally:
             self._release(key, entry)
+
+    def unload(self, path: Path) -> None:
+        """Let go of the model of this file, as soon as nobody uses it; it need not be loaded."""
+        identity = _identity(path)
+        with self._changed:
+            found = {key: entry for key, entry in self._entries.items() if key[0] == identity}
+            for entry in found.values():
+                entry.use = entry.use._replace(keep=0)
+            idle = [self._entries.pop(key) for key, entry in found.items() if entry.users == 0]
+            self._changed.notify_all()
+        for entry in idle:
+            entry.close()
+
+    def running(self) -> Sequence[Running]:
+        """The models in memory; those that stay longest come first."""
+        with self._changed:
+            loaded = [entry for entry in self._entries.values() if entry.model is not None]
+            return sorted((e.running() for e in loaded), key=lambda one: one.left, reverse=True)
 
     def close(self) -> None:
         """Unload everything; running answers end with an error, and nothing is loaded any more."""
@@ -56,11 +112,14 @@ class LoadedModels:
             self._closed = True
             entries = list(self._entries.values())
             self._entries.clear()
+            timer = self._timer
             self._changed.notify_all()
         for entry in entries:
             entry.close()
+        if timer is not None:
+            timer.join()
 
-    def _admitted(self, key: object, gone: Callable[[], bool]) -> _Entry:
+    def _admitted(self, key: _Key, gone: Callable[[], bool]) -> _Entry:
         """A place on the shelf, in the order of asking."""
         ticket = object()
         with self._changed:
@@ -83,14 +142,14 @@ class LoadedModels:
         if gone():
             raise Abandoned("whoever asked has gone")
 
-    def _room(self, key: object) -> bool:
+    def _room(self, key: _Key) -> bool:
         """Is this model here already, or could it be?"""
         return key in self._entries or len(self._entries) < self.limit or bool(self._idle())
 
-    def _idle(self) -> list[object]:
+    def _idle(self) -> list[_Key]:
         return [key for key, entry in self._entries.items() if entry.users == 0]
 
-    def _place(self, key: object) -> _Entry:
+    def _place(self, key: _Key) -> _Entry:
         """The model's place; a new one may take that of the model that was idle longest."""
         if key not in self._entries:
             evicted = None
@@ -100,7 +159,7 @@ class LoadedModels:
             self._entries[key] = _Entry(evicted)
         return self._entries[key]
 
-    def _loaded(self, key: object, entry: _Entry, path: Path, options: Options) -> LoadedModel:
+    def _loaded(self, key: _Key, entry: _Entry, path: Path, options: Options) -> LoadedModel:
         with entry.loading:  # the second request for a model waits for the first to load it
             entry.evict()
             if entry.failure is not None:
@@ -117,20 +176,50 @@ class LoadedModels:
             raise Stopping("the server is stopping")
         return entry.model
 
-    def _settle(self, key: object, entry: _Entry) -> None:
+    def _settle(self, key: _Key, entry: _Entry) -> None:
         """After loading: what failed leaves the shelf."""
         with self._changed:
             if entry.model is None and self._entries.get(key) is entry:
                 del self._entries[key]
 
-    def _release(self, key: object, entry: _Entry) -> None:
+    def _release(self, key: _Key, entry: _Entry) -> None:
         with self._changed:
             entry.users -= 1
             entry.last_used = time.monotonic()
+            if entry.due <= entry.last_used and self._entries.get(key) is entry:
+                del self._entries[key]
             orphan = entry.users == 0 and self._entries.get(key) is not entry
+            self._wind()
             self._changed.notify_all()
         if orphan:  # taken off the shelf meanwhile
             entry.close()
+
+    # ── the timer: it sleeps until a model is due, and ends when there is none to wait for ────────
+
+    def _wind(self) -> None:
+        """See to it that the timer runs, if a model has a time to go.  The lock is held."""
+        timed = any(0 < entry.use.keep < FOR_EVER for entry in self._entries.values())
+        if timed and self._timer is None and not self._closed:
+            self._timer = threading.Thread(target=self._tick, name="keep_alive", daemon=True)
+            self._timer.start()
+
+    def _tick(self) -> None:
+        while entries := self._expired():
+            while entries:
+                entries.pop().close()  # popped, so that no name here keeps its memory
+
+    def _expired(self) -> list[_Entry]:
+        """Waits for models whose time is over, and takes them off the shelf; none: it is empty."""
+        with self._changed:
+            while self._entries and not self._closed:
+                now, dues = time.monotonic(), {key: e.due for key, e in self._entries.items()}
+                over = [key for key, due in dues.items() if due <= now]
+                if over:
+                    self._changed.notify_all()
+                    return [self._entries.pop(key) for key in over]
+                self._changed.wait(_pause(min(dues.values()) - now))
+            self._timer = None
+            return []
 
 
 class _Entry:
@@ -140,6 +229,7 @@ class _Entry:
         self.evicted = evicted  # whose place this was; closed before the new model is loaded
         self.model: LoadedModel | None = None
         self.failure: Exception | None = None
+        self.use = Use()
         self.users = 0
         self.last_used = 0.0
         self.loading = threading.Lock()
@@ -149,6 +239,19 @@ class _Entry:
         evicted, self.evicted = self.evicted, None
         if evicted is not None:
             evicted.close()
+
+    @property
+    def due(self) -> float:
+        """When it is to go, on the clock of `time.monotonic`; not while somebody uses it."""
+        return math.inf if self.users else self.last_used + self.use.keep
+
+    def running(self) -> Running:
+        """As `LoadedModels.running` tells of it; while it is in use its time does not run."""
+        assert self.model is not None
+        since = 0.0 if self.users else time.monotonic() - self.last_used
+        left = max(0.0, self.use.keep - since)
+        n_ctx = limits.context(self.use.options, self.model.net.n_ctx)
+        return Running(self.use, left, *self.model.nbytes(), n_ctx)
 
     def close(self) -> None:
         """Unload the model, if there is one."""
@@ -164,6 +267,11 @@ def _again(failure: Exception) -> RefollamaError:
     again.status = failure.status if isinstance(failure, RefollamaError) else again.status
     again.__cause__ = failure
     return again
+
+
+def _pause(seconds: float) -> float | None:
+    """How long a condition may be waited for; None: until it is told."""
+    return None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX)
 
 
 def _identity(path: Path) -> object:

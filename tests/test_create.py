@@ -25,7 +25,7 @@ from refollama.errors import (
     TemplateError,
     UnsupportedModel,
 )
-from refollama.messages import Create, Progress
+from refollama.messages import Create, Message, Progress
 from refollama.store import Store
 from refollama.store.name import Name
 from tests.store.helpers import gguf, snapshot
@@ -367,12 +367,15 @@ def test_a_relative_path_needs_a_folder_to_start_from(store, folder, monkeypatch
         ("FROM @sha256:123", BadRequest, "invalid digest format"),
         ("FROM @../../etc/passwd", BadRequest, "invalid digest format"),
         ("FROM @sha256:" + "0" * 64, NotFound, "not found: upload it first"),
-        ("FROM a.gguf\nFROM b.gguf", ModelfileError, "line 2: several FROM lines are not"),
-        ("FROM a.gguf\nADAPTER x", ModelfileError, "line 2: ADAPTER is not supported yet"),
-        ("FROM a.gguf\nMESSAGE user x", ModelfileError, "line 2: MESSAGE is not supported yet"),
+        ("FROM a.gguf\nFROM b.gguf", ModelfileError, "line 2: a second language model"),
+        ("FROM a.gguf\nADAPTER x", BadRequest, "ADAPTER 'x': there is no"),
+        ("FROM a.gguf\nADAPTER b.gguf", ModelfileError, "line 2: this is no adapter"),
+        ("FROM a.gguf\nADAPTER /dev/zero", BadRequest, "ADAPTER '/dev/zero': there is no"),
+        ("FROM a.gguf\nMESSAGE robot x", ModelfileError, "line 2: message role must be one of"),
+        ("FROM a.gguf\n" + f"MESSAGE user {'<' * (1 << 20)}\n", BadRequest, "messages of a model"),
         ("FROM a.gguf\nTEMPLATE {{ if .System }}", TemplateError, "template: line 1"),
         ("FROM a.gguf\nPARAMETER bad 1", ModelfileError, "line 2: unknown parameter"),
-        ("FROM a.gguf\nPARAMETER temperature 1e39", ModelfileError, "too large"),
+        ("FROM a.gguf\nPARAMETER temperature 1e39", BadRequest, "too large"),
         ("FROM a.gguf\nSYSTEM \ud800", ModelfileError, "half a surrogate pair"),
         ("FROM a.gguf\nSYSTEM " + "x" * (4 << 20) + "x", ModelfileError, "longer than 4 MiB"),
         ("SYSTEM x", ModelfileError, "no FROM line"),
@@ -390,9 +393,181 @@ def test_bad_names(store, folder, model):
     assert type(refused(store, FULL, folder, model)) is BadName
 
 
-def test_projectors_are_refused(store):
-    digest = store.blobs.add(gguf("clip"))
+@pytest.mark.parametrize("part", [gguf("clip"), gguf(type="adapter"), b"algg" + bytes(50)])
+def test_a_projector_or_an_adapter_alone_is_refused(store, part):
+    digest = store.blobs.add(part)
     assert type(refused(store, f"FROM @{digest}")) is UnsupportedModel
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        (gguf("clip"), "projector"),
+        (gguf(type="mmproj"), "projector"),
+        (gguf(type="adapter"), "adapter"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_from_is_stored_as_what_it_is(store, folder, part, kind, first):
+    (folder / "p.gguf").write_bytes(part)
+    lines = ["FROM ./p.gguf", "FROM ./a.gguf"] if first else ["FROM ./a.gguf", "FROM ./p.gguf"]
+    made(store, "\n".join([*lines, "FROM ./p.gguf"]), folder)  # once more is the same
+    files = store.resolve(X)
+    assert files.weights.read_bytes() == gguf()
+    assert [path.read_bytes() for path in getattr(files, f"{kind}s")] == [part]
+    assert files.config.family == "llama"
+    families = dict.fromkeys(["llama", "clip"] if b"clip" in part else ["llama"])
+    assert files.config.families == tuple(families)
+
+
+@pytest.mark.parametrize("adapter", [gguf(type="adapter"), b"algg" + bytes(50)])
+@pytest.mark.parametrize("sent", [True, False])
+def test_an_adapter_is_stored_and_inherited(store, folder, adapter, sent):
+    (folder / "lora.bin").write_bytes(adapter)
+    what = f"@{store.blobs.add(adapter)}" if sent else "./lora.bin"
+    statuses = made(store, f"ADAPTER {what}\nFROM a.gguf\nSYSTEM s", folder)
+    assert "creating adapter layer" in statuses
+    made(store, "FROM x\nSYSTEM t", model="child")
+    for name in ("x", "child"):
+        (path,) = store.resolve(Name.parse(name)).adapters
+        assert path.read_bytes() == adapter
+
+
+def test_no_file_is_made_an_adapter_for_a_stranger(store, folder):
+    (folder / "lora").write_bytes(gguf(type="adapter"))
+    digest = store.blobs.add(gguf())
+    for what in (f"{folder}/lora", f"{folder}/gone", "lora"):
+        problem = refused(store, f"FROM @{digest}\nADAPTER {what}", folder, local_files=False)
+        assert str(problem).startswith("ADAPTER a file of the server is only allowed")
+
+
+def test_messages_are_stored_as_ollama_stores_them(store, folder):
+    """Bytes as Go's encoder writes them; a child's own replace the parent's."""
+    text = 'FROM a.gguf\nMESSAGE user <hi>\nMESSAGE assistant """a\nb"""\n'
+    assert "creating messages layer" in made(store, text, folder)
+    layer = store.manifests.read(X).manifest.layers[-1]
+    assert layer.media_type == "application/vnd.ollama.image.messages"
+    assert store.blobs.read(layer.digest, 1000) == (
+        b'[{"role":"user","content":"\\u003chi\\u003e"},{"role":"assistant","content":"a\\nb"}]\n'
+    )
+    made(store, "FROM x\nSYSTEM s", model="same")
+    made(store, "FROM x\nMESSAGE system be brief", model="other")
+    said = [("user", "<hi>"), ("assistant", "a\nb")]
+    for model, turns in {"x": said, "same": said, "other": [("system", "be brief")]}.items():
+        messages = store.resolve(Name.parse(model)).messages
+        assert [(message.role, message.content) for message in messages] == turns
+
+
+def test_a_licence_that_is_inherited_is_not_stored_twice(store, folder):
+    made(store, FULL, folder)
+    made(store, "FROM x\nLICENSE MIT\nLICENSE other\nLICENSE other", model="child")
+    assert store.resolve(Name.parse("child")).licenses == ("MIT", "other")
+
+
+def test_the_path_of_a_blob_is_that_blob_for_everybody(store, folder):
+    """It is what `show` prints; whether it exists, a stranger may ask by its digest anyway."""
+    digest = store.blobs.add(gguf())
+    made(store, f"FROM {store.blobs.path(digest)}", local_files=False)
+    assert store.resolve(X).weights == store.blobs.path(digest)
+    gone = store.blobs.folder / ("sha256-" + "0" * 64)
+    assert type(refused(store, f"FROM {gone}", local_files=False)) is NotFound
+
+
+# -------------------------------------------------------------------- today's form
+
+
+def parts(store, **fields):
+    """The statuses of a create out of parts."""
+    return [step.status for step in create(store, Create("x", **fields), local_files=False)]
+
+
+def test_parts_make_the_same_model_as_a_modelfile(store, folder):
+    """To the byte: the manifest names every blob by its hash."""
+    digest = store.blobs.add(gguf())
+    lora = store.blobs.add(gguf(type="adapter"))
+    made(
+        store,
+        f"FROM @{digest}\nADAPTER @{lora}\nTEMPLATE {{{{ .Prompt }}}}!\nSYSTEM s\nLICENSE a\n"
+        "LICENSE b\nPARAMETER stop x\nPARAMETER stop y\nPARAMETER temperature 0.7\n"
+        "PARAMETER num_ctx 64\nMESSAGE user hi\nMESSAGE assistant ho\n",
+    )
+    before = store.resolve(X)
+    store.remove(X)
+    digest, lora = store.blobs.add(gguf()), store.blobs.add(gguf(type="adapter"))
+    parts(
+        store,
+        files={"a/model.gguf": digest},
+        adapters={"lora.gguf": lora},
+        template="{{ .Prompt }}!",
+        system="s",
+        licenses=("a", "b"),
+        parameters={"num_ctx": 64, "stop": ["x", "y"], "temperature": 0.7, "seed": None},
+        messages=(Message("user", "hi"), Message("assistant", "ho")),
+    )
+    assert store.resolve(X).digest == before.digest
+
+
+def test_a_child_by_parts(store, folder):
+    made(store, FULL, folder, "base")
+    parts(store, from_="Base", parameters={"stop": ["b", "c"], "top_k": 3}, system="")
+    files = store.resolve(X)
+    assert files.parameters == {"num_ctx": 4096, "stop": ["b", "c"], "temperature": 1, "top_k": 3}
+    assert files.system == "You are <Mario>." and files.parent == "base:latest"
+
+
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "sentence"),
+    [
+        ({}, BadRequest, "neither 'from' or 'files' was specified"),
+        ({"system": "s"}, BadRequest, "neither 'from' or 'files' was specified"),
+        ({"from_": "x", "modelfile": "FROM y"}, BadRequest, "but not both"),
+        ({"modelfile": "FROM y", "parameters": {"top_k": 1}}, BadRequest, "but not both"),
+        ({"from_": "nobody"}, ModelNotFound, "model 'nobody:latest' not found, try pulling"),
+        ({"from_": "/etc/passwd"}, BadRequest, "only allowed from the machine"),
+        ({"files": {"a.gguf": ""}}, BadRequest, "invalid digest format"),
+        ({"files": {"a.gguf": "sha256:12"}}, BadRequest, "invalid digest format"),
+        ({"files": {"a.gguf": "sha256:" + "z" * 64}}, BadRequest, "invalid digest format"),
+        ({"files": {"a.gguf": DIGEST}}, NotFound, "not found: upload it first"),
+        ({"files": {"../a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
+        ({"files": {"/a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
+        ({"files": {"C:\\a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
+        ({"files": {"model.safetensors": DIGEST}}, BadRequest, "safetensors files cannot be"),
+        ({"from_": "base", "adapters": {"a": DIGEST, "b": DIGEST}}, BadRequest, "only one adapter"),
+        ({"from_": "base", "parameters": {"nope": 1}}, BadRequest, "unknown option 'nope'"),
+        ({"from_": "base", "parameters": {"top_k": "x"}}, BadRequest, "'top_k' must be an integer"),
+        ({"from_": "base", "parameters": {"top_p": 1e39}}, BadRequest, "'top_p' must be"),
+        ({"from_": "base", "template": "{{ .Prompt"}, TemplateError, "line 1"),
+        ({"from_": "base", "messages": (Message("robot", "x"),)}, BadRequest, "role must be one"),
+        ({"path": "/etc/passwd"}, BadRequest, "path of a Modelfile is only allowed"),
+        ({"from_": "base", "system": "\ud800"}, BadRequest, "half a surrogate pair"),
+    ],
+)
+def test_parts_that_are_refused(store, folder, fields, kind, sentence):
+    made(store, FULL, folder, "base")
+    before = snapshot(store.root)
+    with pytest.raises(kind, match=sentence):
+        parts(store, **fields)
+    assert snapshot(store.root) == before
+
+
+def test_a_modelfile_by_its_path(store, folder):
+    (folder / "Modelfile").write_text("FROM ./a.gguf\nSYSTEM s")
+    list(create(store, Create("x", path=str(folder / "Modelfile")), local_files=True))
+    assert store.resolve(X).system == "s"
+    other = Create("x", "FROM ./b.gguf", path=str(folder / "Modelfile"))  # the text wins
+    list(create(store, other, local_files=True))
+    assert store.resolve(X).weights.read_bytes() == gguf("mistral", 15, 128)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"# \n" * (2 << 20)])
+def test_a_path_that_is_no_modelfile(store, folder, data):
+    (folder / "Modelfile").write_bytes(data)
+    for path in (folder / "Modelfile", folder / "gone", folder, "/dev/zero"):
+        with pytest.raises(BadRequest):
+            create(store, Create("x", path=str(path)), local_files=True)
 
 
 def test_a_strange_family_is_refused(store):

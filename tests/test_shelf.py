@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from refollama.errors import Abandoned, FormatError, NotFound, Stopping
 from refollama.options import Options
@@ -136,8 +137,8 @@ def test_the_longest_idle_goes_and_its_engine_with_it(tmp_path):
             model.generate("the", options=GREEDY)
             models.append(model)
     with shelf.lease(paths[2]):
-        assert models[1]._engines == {}  # 1 was idle longest: closed
-        assert models[0]._engines != {}
+        assert models[1]._engines.closed  # 1 was idle longest: closed
+        assert not models[0]._engines.closed
     shelf.close()
 
 
@@ -215,3 +216,151 @@ def test_a_closed_shelf_loads_nothing_more(tiny):
             model.generate("the", options=GREEDY)
     with pytest.raises(Stopping), shelf.lease(tiny):
         pass
+
+
+# ── how long models stay ──────────────────────────────────────────────────────────────────────
+
+
+def gone(shelf, seconds=5.0):
+    """Does the shelf become empty by itself within this time?"""
+    end = time.monotonic() + seconds
+    while shelf.running():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def timers():
+    return [thread for thread in threading.enumerate() if thread.name == "keep_alive"]
+
+
+def test_an_idle_model_goes_when_its_time_is_over_and_the_timer_with_it(shelf, tiny):
+    with shelf.lease(tiny, keep=0.2) as model:
+        assert not gone(shelf, 0.4)  # time does not run while it is in use
+    start = time.monotonic()
+    assert gone(shelf) and time.monotonic() - start > 0.15
+    with pytest.raises(Stopping):
+        model.generate("the", options=GREEDY)
+    for thread in timers():
+        thread.join(5)
+    assert timers() == []
+    with shelf.lease(tiny, keep=0.05) as again:  # and it can begin again
+        assert again is not model
+    assert gone(shelf)
+
+
+def test_each_use_sets_the_time_anew(shelf, tiny):
+    with shelf.lease(tiny, keep=0.2) as model:
+        pass
+    with shelf.lease(tiny, keep=100):
+        pass
+    assert not gone(shelf, 0.4)
+    with shelf.lease(tiny, keep=0.1) as again:
+        assert again is model
+    assert gone(shelf)
+
+
+def test_no_time_at_all_means_gone_with_the_last_user(shelf, tiny):
+    with shelf.lease(tiny, keep=0):
+        with shelf.lease(tiny, keep=0):
+            pass
+        assert len(shelf.running()) == 1
+    assert shelf.running() == [] and timers() == []
+
+
+def test_without_a_time_a_model_stays_and_nothing_ticks(shelf, tiny):
+    with shelf.lease(tiny):
+        pass
+    assert timers() == [] and shelf.running()[0].left == float("inf")
+
+
+def test_unloading_waits_for_those_who_use_it(shelf, tiny):
+    shelf.unload(tiny)  # nothing is there: nothing happens
+    with shelf.lease(tiny) as model:
+        shelf.unload(tiny)
+        assert model.generate("the", options=GREEDY).text
+    assert shelf.running() == []
+    with shelf.lease(tiny):
+        pass
+    shelf.unload(tiny)
+    assert shelf.running() == []
+
+
+def test_the_soonest_goes_first_and_is_listed_last(tmp_path):
+    paths = [write_model(tmp_path / f"{n}.gguf", seed=n) for n in range(3)]
+    shelf = LoadedModels(limit=3)
+    for path, keep in zip(paths, (0.15, 1000, 500), strict=True):
+        with shelf.lease(path, keep=keep, name=path.stem):
+            pass
+    assert [one.use.name for one in shelf.running()] == ["1", "2", "0"]
+    end = time.monotonic() + 5
+    while len(shelf.running()) == 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [one.use.name for one in shelf.running()] == ["1", "2"]
+    shelf.close()
+    assert timers() == []  # though it still had a long time to sleep
+
+
+def test_the_timer_sleeps(shelf, tiny, monkeypatch):
+    """It looks when something changes or is due, never now and then."""
+    looks = []
+
+    def pause(seconds):
+        looks.append(seconds)
+        return seconds
+
+    monkeypatch.setattr("refollama.shelf._pause", pause)
+    with shelf.lease(tiny, keep=0.5):
+        pass
+    assert gone(shelf)
+    assert 1 <= len(looks) <= 3  # `gone` asks a hundred times, the timer does not
+
+
+def test_what_a_model_takes(shelf, tiny):
+    """Judge: the bytes of its file; what is not weights there is its header."""
+    options = Options().updated({"num_ctx": 32})
+    with shelf.lease(tiny, options, name="me") as model:
+        (before,) = shelf.running()
+        model.generate("the", options=GREEDY)
+        (after,) = shelf.running()
+    assert 0.8 * tiny.stat().st_size < before.nbytes <= tiny.stat().st_size
+    assert after.nbytes > before.nbytes  # the cache of the answer
+    assert (before.nbytes_gpu, before.n_ctx, before.use.name) == (0, 32, "me")
+
+
+def test_many_uses_with_short_times_lose_nothing(tiny):
+    """Leases, timers and unloads that cross each other: every lease gets a model that answers."""
+    shelf = LoadedModels(limit=1)
+    errors = []
+
+    def use(number):
+        try:
+            for turn in range(15):
+                with shelf.lease(tiny, keep=0.001 * (turn % 3)) as model:
+                    assert model.generate("the", options=GREEDY | {"num_predict": 1}).text
+                if number == 0:
+                    shelf.unload(tiny)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    shelf.close()
+    assert timers() == []
+
+
+def test_what_lies_elsewhere_is_another_model_and_what_makes_no_difference_is_not(tiny):
+    shelf = LoadedModels(limit=1)
+    with shelf.lease(tiny) as mapped:
+        pass
+    with shelf.lease(tiny, Options(use_mmap=False)) as read:
+        assert read is not mapped
+    if not torch.cuda.is_available():
+        with shelf.lease(tiny, Options(use_mmap=False, num_gpu=7, main_gpu=3)) as same:
+            assert same is read
+    shelf.close()

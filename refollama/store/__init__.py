@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from refollama.errors import FormatError, ModelNotFound, StoreError, UnsupportedModel
+from refollama.messages import Message
 from refollama.store import manifest as kinds
 from refollama.store.blobs import Blobs, log
-from refollama.store.draft import Draft, prune
-from refollama.store.manifest import Config, Layer, Manifests, Stored, params_from_bytes
+from refollama.store.draft import Draft, digests_of, prune
+from refollama.store.manifest import (
+    Config,
+    Layer,
+    Manifests,
+    Stored,
+    messages_from_bytes,
+    params_from_bytes,
+)
 from refollama.store.name import Name
 
 __all__ = ["Blobs", "Config", "Manifests", "ModelEntry", "ModelFiles", "Name", "Store"]
@@ -43,6 +51,7 @@ class ModelFiles:
     system: str | None
     parameters: dict[str, Any]  # unchecked: Options does that
     licenses: tuple[str, ...]
+    messages: tuple[Message, ...]  # the turns that begin every chat
     projectors: tuple[Path, ...]
     adapters: tuple[Path, ...]
 
@@ -94,12 +103,19 @@ class Store:
         return Draft(self.blobs, self.manifests, self._prune)
 
     def copy(self, source: Name, target: Name) -> None:
-        """Give a model a second name; it keeps its id.  Raises: ModelNotFound, StoreError."""
+        """Give a model a second name; it keeps its id.  Raises: ModelNotFound, StoreError.
+
+        A model that had this name is replaced, and its blobs go if nobody else names them.
+        """
         with self.blobs.lock:
             stored = self.manifests.read(source)
             target = self.manifests.match(target)
-            if target != stored.name:
-                self.manifests.write(target, self.manifests.read_bytes(stored.name))
+            if target == stored.name:
+                return
+            replaced = digests_of(self.manifests, target)
+            self.manifests.write(target, self.manifests.read_bytes(stored.name))
+            if self._prune:
+                prune(self.blobs, self.manifests, replaced)
 
     def remove(self, name: Name) -> None:
         """Take a model away, with the blobs that only it named.  Raises: ModelNotFound."""
@@ -124,6 +140,7 @@ class Store:
             system=self._last_text(layers, kinds.SYSTEM),
             parameters=self.parameters(stored),
             licenses=tuple(self._text(layer) for layer in _of(layers, kinds.LICENSE)),
+            messages=self._messages(layers),
             projectors=self._paths(layers, kinds.PROJECTOR),
             adapters=self._paths(layers, kinds.ADAPTER),
         )
@@ -145,6 +162,10 @@ class Store:
         if not self.blobs.has(models[-1].digest):
             raise ModelNotFound(stored.name)
         return models[-1]
+
+    def _messages(self, layers: Iterable[Layer]) -> tuple[Message, ...]:
+        found = _of(layers, kinds.MESSAGES)
+        return messages_from_bytes(self.blobs.read(found[-1].digest, TEXT_LIMIT)) if found else ()
 
     def _last_text(self, layers: Iterable[Layer], *media_types: str) -> str | None:
         found = _of(layers, *media_types)

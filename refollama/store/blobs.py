@@ -117,7 +117,7 @@ class Blobs:
 
         Raises: BadRequest unless it is a regular file that keeps still while it is read.
         """
-        with _regular(source) as file:
+        with regular(source) as file:
             before = _state(file)
             chunks = iter(lambda: _read_chunk(file), b"")
             return (yield from self._write(chunks, "", hold, lambda: _still(file, before, source)))
@@ -246,7 +246,7 @@ def sync(file: BinaryIO) -> None:
 def read_small(path: Path, limit: int) -> bytes:
     """All bytes of a regular file.  Raises: FormatError if there are more than `limit`."""
     try:
-        with _regular(path) as file, disk("reading from the models folder"):
+        with regular(path) as file, disk("reading from the models folder"):
             data = file.read(limit + 1)
     except BadRequest as error:  # the user named no file: the store is at fault
         raise StoreError(f"the models folder is damaged: {error}") from None
@@ -256,7 +256,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 @contextmanager
-def _regular(path: Path) -> Iterator[BinaryIO]:
+def regular(path: Path) -> Iterator[BinaryIO]:
     """Open for reading; nothing that could block or never end.
 
     Raises: BadRequest, in one sentence for all reasons: it does not tell what exists.

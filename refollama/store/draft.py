@@ -64,21 +64,22 @@ class Draft:
             missing = [digest for digest in manifest.digests if not self._blobs.has(digest)]
             if missing:
                 raise StoreError(f"blob {missing[0]} is missing: pull or create its model again")
-            replaced = self._digests(name)
+            replaced = digests_of(self._manifests, name)
             self._manifests.write(name, manifest.to_bytes())
             if self._prune:
                 prune(self._blobs, self._manifests, replaced)
 
-    def _digests(self, name: Name) -> frozenset[str]:
-        """Of the model that is about to be replaced; a broken manifest names nothing for sure."""
-        try:
-            return self._manifests.read(name).manifest.digests
-        except (ModelNotFound, FormatError, StoreError):
-            return frozenset()
-
     def _kept(self, digest: str) -> str:
         self._held.append(digest)
         return digest
+
+
+def digests_of(manifests: Manifests, name: Name) -> frozenset[str]:
+    """Of a model that is about to be replaced; a broken manifest names nothing for sure."""
+    try:
+        return manifests.read(name).manifest.digests
+    except (ModelNotFound, FormatError, StoreError):
+        return frozenset()
 
 
 def prune(blobs: Blobs, manifests: Manifests, digests: frozenset[str]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from refollama.errors import BadName, BadRequest, FormatError, ModelNotFound, StoreError
+from refollama.messages import Message
 from refollama.store.blobs import checked_digest, disk, read_small, sync, temporary
 from refollama.store.name import Name
 
@@ -40,6 +41,7 @@ PROMPT = "application/vnd.ollama.image.prompt"  # the old name of a template
 SYSTEM = "application/vnd.ollama.image.system"
 PARAMS = "application/vnd.ollama.image.params"
 LICENSE = "application/vnd.ollama.image.license"
+MESSAGES = "application/vnd.ollama.image.messages"
 
 
 # -------------------------------------------------------------------- the records
@@ -168,15 +170,34 @@ def params_from_bytes(data: bytes) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def messages_to_bytes(messages: Iterable[Message]) -> bytes:
+    """The blob of a model's messages: their roles and texts."""
+    found = [{"role": message.role, "content": message.content} for message in messages]
+    return (to_json(found) + "\n").encode()
+
+
+def messages_from_bytes(data: bytes) -> tuple[Message, ...]:
+    """Roles and texts; what else a message may hold is not stored by Modelfiles."""
+    found = _read_json(data, "messages")
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise FormatError("messages: must be a list of objects")
+    return tuple(Message(_text(one, "role"), _text(one, "content")) for one in found)
+
+
 def read_object(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object.  Raises: FormatError, also for depths and lengths that Python refuses."""
+    found = _read_json(data, what)
+    if not isinstance(found, dict):
+        raise FormatError(f"{what}: must be a JSON object")
+    return found
+
+
+def _read_json(data: bytes, what: str) -> Any:
     try:
         found = json.loads(data.decode())
         json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
     except (ValueError, RecursionError):
         raise FormatError(f"{what}: this is not JSON in UTF-8") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{what}: must be a JSON object")
     return found
 
 

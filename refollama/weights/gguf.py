@@ -141,6 +141,10 @@ class GGUF:
         """A metadata value with the type that it has in the file, as `write_gguf` takes it."""
         return Typed(self.metadata[key], self._metadata.entries[key].type)
 
+    def is_array(self, key: str) -> bool:
+        """Is this metadata value a list?  Told without decoding it."""
+        return self._metadata.entries[key].is_array
+
     def close(self) -> None:
         """Let go of the file; what was not read until now can no longer be."""
         self._bytes = None

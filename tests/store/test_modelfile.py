@@ -51,6 +51,14 @@ def commands(text):
         ("PARAMETER  num_ctx   4096 \n", [("parameter", "num_ctx", "4096")]),
         ("SYSTEM\n", [("system", "")]),
         ("#c\n# c\n#\n\n \n", []),
+        # what three quotes protect, and which of many quotes close
+        ('PARAMETER stop """ a """\n', [("parameter", "stop", " a ")]),
+        ('PARAMETER  stop  """\n"""', [("parameter", "stop", "\n")]),
+        ('PARAMETER stop """\na"""\nSYSTEM b', [("parameter", "stop", "\na"), ("system", "b")]),
+        ('PARAMETER """stop a"""\n', [("parameter", "stop", "a")]),
+        ('SYSTEM """say "x""""\nLICENSE b', [("system", 'say "x"'), ("license", "b")]),
+        ('SYSTEM """"""""\n', [("system", '""')]),
+        ('SYSTEM """"x"""\n', [("system", '"x')]),
         ("MESSAGE user Hi there\n", [("message", "user", "Hi there")]),
         ('MESSAGE assistant """a\nb"""\n', [("message", "assistant", "a\nb")]),
     ],
@@ -119,12 +127,12 @@ def test_the_mark_of_some_editors_is_no_letter():
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.text(
     '"\n\r #ab', max_size=12
 )
-SAYABLE = TEXT.filter(lambda text: '"""' not in text and not text.endswith('"'))
-WORD = SAYABLE.map(str.strip).filter(bool).filter(lambda text: not text.endswith('"'))
+SAYABLE = TEXT.filter(lambda text: '"""' not in text.rstrip('"'))
+WORD = SAYABLE.map(str.strip).filter(bool)
 COMMAND = st.one_of(
     st.builds(lambda text: Command("from", (text,)), WORD),
     st.builds(lambda text: Command("adapter", (text,)), WORD),
-    st.builds(lambda text: Command("parameter", ("stop", text)), WORD),
+    st.builds(lambda text: Command("parameter", ("stop", text)), SAYABLE.filter(bool)),
     st.builds(lambda k: Command("parameter", ("top_k", str(k))), st.integers(-9, 9)),
     st.builds(
         lambda name, text: Command(name, (text,)),
@@ -153,7 +161,7 @@ def test_what_was_read_is_printed_or_refused(text):
     assert parse(printed) == modelfile
 
 
-@pytest.mark.parametrize("text", ['a"', '"', 'a"""b'])
+@pytest.mark.parametrize("text", ['a"""b', '""""b', 'a"""\n'])
 def test_what_no_modelfile_can_say_is_refused(text):
     with pytest.raises(ModelfileError, match="cannot be written"):
         module.print(Modelfile((Command("from", ("x",)), Command("system", (text,)))))
