@@ -15,6 +15,10 @@ from refollama.errors import FormatError, UnsupportedModel
 ARCHITECTURES = ("llama",)  # Mistral, CodeLlama, TinyLlama and Yi files say "llama" as well
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
+# How the vectors of a text's tokens become one, by the file's `pooling_type`. Most files say
+# nothing, or "none": then the last token, which has seen all others, stands for the text.
+POOLINGS = {0: "last", 1: "mean", 2: "cls", 3: "last"}
+
 # What else a file of this kind may say about the computation, and the values at which that changes
 # nothing. Anything else is another model.
 HARMLESS: dict[str, tuple[float, ...]] = {
@@ -109,6 +113,7 @@ class ModelConfig:
     window: int = LARGEST  # a token sees itself and so many − 1 tokens before it
     n_experts: int = 0  # E; 0: no mixture
     n_experts_used: int = 0  # of E, for each token
+    pooling: str = "last"  # "mean", "cls" (the first token) or "last"
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -134,6 +139,7 @@ class ModelConfig:
             window=keys.size("attention.sliding_window", default=0, least=0) or LARGEST,
             n_experts=keys.size("expert_count", default=0, least=0, most=MOST_EXPERTS),
             n_experts_used=keys.size("expert_used_count", default=0, least=0, most=MOST_EXPERTS),
+            pooling=_pooling(keys),
         )
         config._check()
         return config
@@ -191,6 +197,16 @@ def _check_supported(keys: Keys) -> None:
             raise UnsupportedModel(
                 f"{keys.prefix}{key} is {_shown(value)}; supported: {_listed(harmless)}"
             )
+
+
+def _pooling(keys: Keys) -> str:
+    """A model that ranks (type 4) gives a score where others give a vector: another model."""
+    kind = keys.size("pooling_type", default=0, least=0)
+    if kind not in POOLINGS:
+        raise UnsupportedModel(
+            f"{keys.prefix}pooling_type is {kind}; supported: {_listed(POOLINGS)}"
+        )
+    return POOLINGS[kind]
 
 
 def _rope(keys: Keys) -> RopeConfig:

@@ -10,58 +10,90 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from flask import Flask, Request, Response, abort, request
+from flask import Flask, Request, Response, abort, g, request
+
+from refollama.errors import BadRequest
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0", "[::1]")
 LOCAL_ENDINGS = (".localhost", ".local", ".internal")
+APPS = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # programs, not pages of a site
 METHODS = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
-HEADERS = "Authorization,Content-Type,User-Agent,Accept,X-Requested-With"
+# What a page may send: the list of 2023, and what today's libraries send from a browser.
+HEADERS = (
+    "Origin,Content-Length,Content-Type,Authorization,User-Agent,Accept,X-Requested-With,"
+    "OpenAI-Beta,x-stainless-arch,x-stainless-async,x-stainless-custom-poll-interval,"
+    "x-stainless-helper-method,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-poll-helper,x-stainless-retry-count,x-stainless-runtime,"
+    "x-stainless-runtime-version,x-stainless-timeout"
+)
+PREFLIGHT_HOLDS = "43200"  # seconds that a browser may remember the answer
 
 
 def install(app: Flask, *, loopback: bool) -> None:
-    """Check every request of the app. On a loopback address the Host must be a local one, too."""
-    allowed = origins(os.environ.get("OLLAMA_ORIGINS", ""))
+    """Check every request of the app. On a loopback address the Host must be a local one, too.
+
+    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin.
+    """
+    listed = os.environ.get("OLLAMA_ORIGINS", "")
+    allowed = origins(listed)
+    everybody = "*" in _entries(listed)
 
     @app.before_request
     def check() -> Response | None:
         if loopback and not local_host(request.host):
             abort(403, "the Host header names another machine than this one")
-        origin = request.headers.get("Origin")
-        if origin is None or _same(request, origin):
+        origin = _foreign_origin(request)
+        if origin is None:
             return None
         if not any(pattern.fullmatch(origin) for pattern in allowed):
             abort(403, "this origin is not allowed; OLLAMA_ORIGINS lists those that are")
+        g.allowed_origin = "*" if everybody else origin
         return Response(status=204) if request.method == "OPTIONS" else None
 
     @app.after_request
     def allow(response: Response) -> Response:
-        origin = request.headers.get("Origin")
-        if origin is not None and response.status_code != 403:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Allow-Methods"] = METHODS
-            response.headers["Access-Control-Allow-Headers"] = HEADERS
-            response.headers["Access-Control-Max-Age"] = "43200"
+        if "allowed_origin" in g:
+            response.headers["Access-Control-Allow-Origin"] = g.allowed_origin
             response.headers.add("Vary", "Origin")
+            if request.method == "OPTIONS":
+                response.headers["Access-Control-Allow-Methods"] = METHODS
+                response.headers["Access-Control-Allow-Headers"] = HEADERS
+                response.headers["Access-Control-Max-Age"] = PREFLIGHT_HOLDS
         return response
 
 
 def origins(listed: str) -> list[re.Pattern[str]]:
-    """Patterns for this machine's own pages at any port, and for those that are listed.
+    """Patterns for this machine's own pages at any port, for apps, and for those that are listed.
 
-    A listed `*` alone stands for every origin; inside one it is any text without a slash or an @.
+    A listed `*` alone stands for every origin; inside one it is any text without a slash or an @,
+    at its beginning any scheme too.  Raises: BadRequest for two stars, and for a bare name.
     """
     own = [rf"https?://{re.escape(name)}(:\d+)?" for name in LOCAL_NAMES]
-    return [re.compile(pattern) for pattern in (*own, *_listed(listed.split(",")))]
+    apps = [rf"{scheme}://[^@]*" for scheme in APPS]
+    patterns = (*own, *apps, *map(_pattern, _entries(listed)))
+    return [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
 
 
-def _listed(entries: Iterable[str]) -> Iterable[str]:
-    for entry in entries:
-        entry = entry.strip()
-        if entry:
-            yield ".*" if entry == "*" else re.escape(entry).replace(r"\*", "[^/@]*")
+def _entries(listed: str) -> list[str]:
+    return [entry for part in listed.split(",") if (entry := part.strip().strip("\"'").strip())]
+
+
+def _pattern(entry: str) -> str:
+    """One entry of OLLAMA_ORIGINS as a pattern."""
+    before, star, behind = entry.partition("*")
+    if "*" in behind:
+        raise BadRequest(f"OLLAMA_ORIGINS '{entry}': only one * is allowed")
+    if not star and not re.match(r"[\w+.-]+://.", entry):
+        raise BadRequest(
+            f"OLLAMA_ORIGINS '{entry}': an origin must contain '*', "
+            "or begin as http:// and https:// do"
+        )
+    if entry == "*":
+        return ".*"
+    anything = "[^/@]*" if before else "([a-z][a-z0-9+.-]*:/?/?)?[^/@]*"
+    return re.escape(before) + (anything if star else "") + re.escape(behind)
 
 
 def local_host(host: str) -> bool:
@@ -79,6 +111,8 @@ def local_host(host: str) -> bool:
     return address.is_loopback or address.is_private or address.is_unspecified
 
 
-def _same(request: Request, origin: str) -> bool:
-    """A page that this very server sent."""
-    return origin in (f"http://{request.host}", f"https://{request.host}")
+def _foreign_origin(request: Request) -> str | None:
+    """The page that sends this request, unless this very server sent the page."""
+    origin = request.headers.get("Origin")
+    own = (f"http://{request.host}", f"https://{request.host}")
+    return None if origin is None or origin in own else origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain
@@ -10,8 +11,9 @@ from typing import TypeVar
 
 from flask import Blueprint, Response, current_app, request
 
+from refollama.dialogue import gathered
 from refollama.engine.sequence import never
-from refollama.errors import RefollamaError
+from refollama.errors import NotFound, RefollamaError
 from refollama.messages import Chunk, Progress
 from refollama.server import wire
 from refollama.service import Service
@@ -21,6 +23,9 @@ T = TypeVar("T")
 Items = Generator[T, None, None]
 
 log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20  # bytes of an upload that are in memory at one time
+
 routes = Blueprint("api", __name__)
 
 
@@ -47,12 +52,43 @@ def generate() -> Response:
     """Complete a prompt."""
     ask = wire.read_generate(request.get_data())
     chunks = service().generate(ask, client_is_gone())
-    if not ask.stream:
-        return one(wire.chunk_record(ask, whole(chunks)))
-    first = next(chunks)
-    if first.done_reason == "load":  # always one object, never a stream
-        return one(wire.chunk_record(ask, first))
-    return many(first, chunks, partial(wire.chunk_record, ask))
+    return answer(chunks, partial(wire.chunk_record, ask), stream=ask.stream)
+
+
+@routes.post("/api/chat")
+def chat() -> Response:
+    """Go on with a conversation."""
+    ask = wire.read_chat(request.get_data())
+    chunks = service().chat(ask, client_is_gone())
+    return answer(chunks, partial(wire.chat_record, ask), stream=ask.stream)
+
+
+@routes.post("/api/embed")
+def embed() -> Response:
+    """A vector for each text."""
+    ask = wire.read_embed(request.get_data())
+    return one(wire.embed_record(ask, service().embed(ask, client_is_gone())))
+
+
+@routes.post("/api/embeddings")
+def embeddings() -> Response:
+    """A vector for one text, as in 2023."""
+    ask = wire.read_embeddings(request.get_data())
+    return one(wire.embeddings_record(service().embed(ask, client_is_gone())))
+
+
+@routes.post("/api/tokenize")
+def tokenize() -> Response:
+    """The tokens of a text."""
+    ask = wire.read_tokenize(request.get_data())
+    return one(wire.tokenize_record(ask, service().tokenize(ask)))
+
+
+@routes.post("/api/detokenize")
+def detokenize() -> Response:
+    """The text of some tokens."""
+    ask = wire.read_detokenize(request.get_data())
+    return one(wire.detokenize_record(ask, service().detokenize(ask)))
 
 
 @routes.post("/api/create")
@@ -63,6 +99,48 @@ def create() -> Response:
     if not ask.stream:
         return one(wire.progress_record(last(steps)))
     return many(next(steps), steps, wire.progress_record)
+
+
+@routes.post("/api/show")
+def show() -> Response:
+    """All about a model."""
+    return one(wire.show_record(service().show(wire.read_show(request.get_data()))))
+
+
+@routes.post("/api/copy")
+def copy() -> Response:
+    """Give a model a second name."""
+    service().copy(*wire.read_copy(request.get_data()))
+    return Response(status=200)
+
+
+@routes.delete("/api/delete")
+def delete() -> Response:
+    """Remove a model."""
+    service().delete(wire.read_delete(request.get_data()))
+    return Response(status=200)
+
+
+@routes.get("/api/ps")
+def ps() -> Response:
+    """The models in memory."""
+    return one({"models": [wire.memory_record(model) for model in service().ps()]})
+
+
+@routes.route("/api/blobs/<digest>", methods=["HEAD"])
+def has_blob(digest: str) -> Response:
+    """Is a blob in the store?"""
+    if not service().has_blob(digest):
+        raise NotFound(f'blob "{digest[:80]}" not found')
+    return Response(status=200)
+
+
+@routes.post("/api/blobs/<digest>")
+def add_blob(digest: str) -> Response:
+    """Store what is sent, if it has this digest."""
+    request.max_content_length = sys.maxsize  # a model has any length; None: the app's limit
+    new = service().add_blob(digest, chunks_of_body())
+    return Response(status=201 if new else 200)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────
@@ -80,8 +158,27 @@ def client_is_gone() -> Callable[[], bool]:
     return ask
 
 
+def chunks_of_body() -> Iterator[bytes]:
+    """What is sent, piece by piece, also without a length: then until it ends."""
+    chunked = "chunked" in request.headers.get("Transfer-Encoding", "").lower()
+    body = request.environ["wsgi.input"] if chunked else request.stream
+    return iter(lambda: body.read(CHUNK), b"")
+
+
 def one(record: wire.Record) -> Response:
     return Response(wire.dumps(record), content_type="application/json; charset=utf-8")
+
+
+def answer(
+    chunks: Items[Chunk], record: Callable[[Chunk], wire.Record], *, stream: bool
+) -> Response:
+    """What a model says; that it was loaded, or unloaded, is never a stream."""
+    if not stream:
+        return one(record(gathered(chunks)))
+    first = next(chunks)
+    if first.done_reason in ("load", "unload") or first.rendered is not None:
+        return one(record(first))
+    return many(first, chunks, record)
 
 
 def many(first: T, rest: Items[T], record: Callable[[T], wire.Record]) -> Response:
@@ -105,19 +202,6 @@ def guarded(first: T, rest: Items[T], record: Callable[[T], wire.Record]) -> Ite
     except Exception as error:
         log.exception("failed in the middle of a stream")
         yield wire.error_record(error)
-
-
-def whole(chunks: Iterator[Chunk]) -> Chunk:
-    """All pieces as one: the last record with the whole text."""
-    *pieces, end = list(chunks)
-    return Chunk(
-        text="".join(piece.text for piece in pieces),
-        done=True,
-        done_reason=end.done_reason,
-        stats=end.stats,
-        context=end.context,
-        logprobs=tuple(one for chunk in (*pieces, end) for one in chunk.logprobs),
-    )
 
 
 def last(steps: Iterator[Progress]) -> Progress:

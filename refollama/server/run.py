@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from waitress.server import create_server
 
 from refollama.errors import RefollamaError
-from refollama.server.app import LARGEST_BODY, create_app
+from refollama.server.app import create_app, largest_body
+from refollama.server.intake import Channel
 from refollama.service import Service
 from refollama.version import __version__
 
@@ -47,10 +48,12 @@ def serve(host: str, port: int) -> None:
             asyncore_use_poll=True,  # select() cannot see that many
             channel_request_lookahead=1,  # keeps reading, and so learns that a client has gone
             ident="refollama",
-            max_request_body_size=2 * LARGEST_BODY,  # beyond it the answer is not our JSON
+            max_request_body_size=2 * largest_body(),  # up to it the app says no, and hears all
         )
     except OSError as error:
         raise RefollamaError(_why_not(host, port, error)) from None
+    for each in _servers(server):
+        each.channel_class = Channel
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, partial(_stop, service))
     if not loopback:
@@ -91,6 +94,12 @@ def _why_not(host: str, port: int, error: OSError) -> str:
             "OLLAMA_HOST chooses another"
         )
     return f"cannot listen on {host}:{port}: {error.strerror or error}"
+
+
+def _servers(server: Any) -> list[Any]:
+    """A name may stand for several addresses: waitress then makes a server for each."""
+    many = getattr(server, "effective_listen", None)
+    return [each for each in server.map.values() if hasattr(each, "adj")] if many else [server]
 
 
 def _addresses(server: Any) -> list[str]:

@@ -7,14 +7,34 @@ type is an error that names the field.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from refollama import keep_alive
 from refollama.errors import BadRequest, RefollamaError
-from refollama.messages import Chunk, Create, Generate, Progress, Stats, TokenLogprob
+from refollama.messages import (
+    Chat,
+    Chunk,
+    Create,
+    Detokenize,
+    Embed,
+    Embedded,
+    Generate,
+    InMemory,
+    Message,
+    Piece,
+    Progress,
+    Show,
+    Stats,
+    Tokenize,
+    TokenLogprob,
+    ToolCall,
+)
+from refollama.show import Shown
 from refollama.store import ModelEntry
 
 log = logging.getLogger(__name__)
@@ -24,15 +44,10 @@ Record = dict[str, Any]  # one JSON object
 # Fields that ask for something that is not built yet: better a clear no than a wrong answer.
 NOT_YET = {
     "images": "this version cannot look at images",
-    "format": "this version has no JSON mode: format must be empty",
-    "suffix": "this version cannot fill in the middle: suffix must be empty",
-    "think": "this version knows no thinking models: think must be false",
 }
 NOT_YET_IN_CREATE = {
-    "path": "this version takes a Modelfile's text, as modelfile, not its path",
-    "from": "this version takes a Modelfile's text, as modelfile, not its parts",
-    "files": "this version takes a Modelfile's text, as modelfile, not its parts",
     "quantize": "this version cannot quantise",
+    "quantization": "this version cannot quantise",
 }
 
 
@@ -42,8 +57,15 @@ class Body:
     Raises: BadRequest, with the field's name and the type that it must have.
     """
 
-    def __init__(self, raw: bytes) -> None:
-        self._fields = {key.lower(): value for key, value in _first_object(raw).items()}
+    def __init__(self, raw: bytes | Mapping[str, Any], place: str = "") -> None:
+        found = _first_object(raw) if isinstance(raw, bytes) else raw
+        self._fields = {key.lower(): value for key, value in found.items()}
+        self._place = place  # of an object within another, such as "messages[0]."
+
+    @property
+    def sent(self) -> Mapping[str, Any]:
+        """All fields."""
+        return self._fields
 
     def text(self, *names: str) -> str:
         """The first of these fields that is given; "" if none is."""
@@ -73,6 +95,67 @@ class Body:
             raise BadRequest(f"{name} must be a list of integers")
         return tuple(values)
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A text, or a list of texts; an empty text is no text, unless it stands in a list."""
+        value = self._fields.get(name)
+        texts = value if isinstance(value, list) else [value] if value not in (None, "") else []
+        if any(not isinstance(text, str) for text in texts):
+            raise BadRequest(f"invalid input type: {name} must be a string or a list of strings")
+        return tuple(texts)
+
+    def keep_alive(self) -> float | None:
+        """Seconds that the model is to stay in memory; None if nothing is said."""
+        return keep_alive.seconds(self._fields.get("keep_alive"))
+
+    def names(self, name: str) -> Mapping[str, str]:
+        """An object of texts, such as file names and digests."""
+        found = self.mapping(name)
+        if any(not isinstance(value, str) for value in found.values()):
+            raise BadRequest(f"{name} must be an object of strings")
+        return found
+
+    def turns(self, name: str) -> tuple[Message, ...]:
+        """A list of messages that a model is made with: their roles and contents."""
+        found = self._take(name, list, "a list of messages") or []
+        if not all(isinstance(turn, dict) for turn in found):
+            raise BadRequest(f"{name} must be a list of messages")
+        said = [(turn.get("role"), turn.get("content") or "") for turn in found]
+        if not all(isinstance(part, str) for pair in said for part in pair):
+            raise BadRequest(f"{name}: role and content must be strings")
+        if any(turn.get("images") for turn in found):
+            raise BadRequest(f"{name}: images cannot be stored in a model")
+        return tuple(Message(role, content) for role, content in said)
+
+    def objects(self, name: str) -> list[Body]:
+        """A list of objects; an empty one if it is not given."""
+        values = self._take(name, list, "a list of objects") or []
+        if not all(isinstance(value, dict) for value in values):
+            raise BadRequest(f"{self._place}{name} must be a list of objects")
+        return [Body(value, f"{self._place}{name}[{at}].") for at, value in enumerate(values)]
+
+    def images(self) -> tuple[bytes, ...]:
+        """Files in base64."""
+        values = self._take("images", list, "a list of strings in base64") or []
+        try:
+            return tuple(base64.b64decode(value, validate=True) for value in values)
+        except (TypeError, ValueError):
+            raise BadRequest(f"{self._place}images must be a list of strings in base64") from None
+
+    def think(self) -> bool | str | None:
+        """Yes, no, or how much."""
+        value = self._fields.get("think")
+        if value is not None and not isinstance(value, bool | str):
+            raise BadRequest("think must be true, false or a level")
+        return value
+
+    def value(self, name: str) -> object:
+        """Any JSON value, as it was sent."""
+        return self._fields.get(name)
+
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """The tools that a model may call, as they were sent."""
+        return tuple(tool.sent for tool in self.objects("tools"))
+
     def refuse(self, sentences: Mapping[str, str]) -> None:
         """Fields that must be absent, null, false or empty."""
         for name, sentence in sentences.items():
@@ -87,7 +170,7 @@ class Body:
     def _take(self, name: str, kind: type, wanted: str) -> Any:
         value = self._fields.get(name)
         if value is not None and type(value) is not kind:
-            raise BadRequest(f"{name} must be {wanted}")
+            raise BadRequest(f"{self._place}{name} must be {wanted}")
         return value
 
 
@@ -103,6 +186,8 @@ def _first_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest("the request body is nested too deeply") from None
     except ValueError as error:
         raise BadRequest(f"the request body is not JSON: {error}") from None
+    if value is None:  # nothing is given
+        return {}
     if not isinstance(value, dict):
         raise BadRequest("the request body must be a JSON object")
     return value
@@ -126,7 +211,12 @@ def read_generate(raw: bytes) -> Generate:
         context=body.ids("context"),
         options=body.mapping("options"),
         strict=body.flag("strict", False),
+        keep_alive=body.keep_alive(),
         raw=body.flag("raw", False),
+        suffix=body.text("suffix"),
+        think=body.think(),
+        format=body.value("format"),
+        debug_render_only=body.flag("_debug_render_only", False),
         truncate=body.flag("truncate", True),
         shift=body.flag("shift", True),
         logprobs=body.flag("logprobs", False),
@@ -134,20 +224,146 @@ def read_generate(raw: bytes) -> Generate:
         stream=body.flag("stream", True),
     )
     body.refuse(NOT_YET)
-    body.warn("keep_alive")
     return ask
 
 
+def read_chat(raw: bytes) -> Chat:
+    """The body of POST /api/chat."""
+    body = Body(raw)
+    return Chat(
+        model=body.text("model", "name"),
+        messages=tuple(map(_message, body.objects("messages"))),
+        tools=body.tools(),
+        think=body.think(),
+        format=body.value("format"),
+        options=body.mapping("options"),
+        strict=body.flag("strict", False),
+        keep_alive=body.keep_alive(),
+        truncate=body.flag("truncate", True),
+        shift=body.flag("shift", True),
+        logprobs=body.flag("logprobs", False),
+        top_logprobs=body.integer("top_logprobs", 0),
+        debug_render_only=body.flag("_debug_render_only", False),
+        stream=body.flag("stream", True),
+    )
+
+
+def _message(body: Body) -> Message:
+    return Message(
+        role=body.text("role").lower(),
+        content=body.text("content"),
+        images=body.images(),
+        tool_calls=tuple(map(_tool_call, body.objects("tool_calls"))),
+        tool_name=body.text("tool_name"),
+        tool_call_id=body.text("tool_call_id"),
+        thinking=body.text("thinking"),
+    )
+
+
+def _tool_call(body: Body) -> ToolCall:
+    function = Body(body.mapping("function"), "tool_calls.function.")
+    return ToolCall(
+        name=function.text("name"),
+        arguments=function.mapping("arguments"),
+        id=body.text("id"),
+        index=function.integer("index", 0),
+    )
+
+
+def read_embed(raw: bytes) -> Embed:
+    """The body of POST /api/embed."""
+    body = Body(raw)
+    dimensions = body.integer("dimensions", 0)
+    if dimensions < 0:
+        raise BadRequest(f"dimensions must be 0 (all of them) or more, not {dimensions}")
+    return Embed(
+        model=body.text("model", "name"),
+        input=body.texts("input"),
+        truncate=body.flag("truncate", True),
+        dimensions=dimensions,
+        options=body.mapping("options"),
+        strict=body.flag("strict", False),
+        keep_alive=body.keep_alive(),
+    )
+
+
+def read_embeddings(raw: bytes) -> Embed:
+    """The body of POST /api/embeddings: one text, whose vector comes as the model made it."""
+    body = Body(raw)
+    prompt = body.text("prompt")
+    return Embed(
+        model=body.text("model", "name"),
+        input=(prompt,) if prompt else (),
+        options=body.mapping("options"),
+        strict=body.flag("strict", False),
+        keep_alive=body.keep_alive(),
+        normalise=False,
+    )
+
+
+def read_tokenize(raw: bytes) -> Tokenize:
+    """The body of POST /api/tokenize."""
+    body = Body(raw)
+    return Tokenize(
+        model=body.text("model", "name"),
+        text=body.text("text"),
+        special=body.flag("special", False),
+        bos=body.flag("bos", False),
+    )
+
+
+def read_detokenize(raw: bytes) -> Detokenize:
+    """The body of POST /api/detokenize."""
+    body = Body(raw)
+    return Detokenize(
+        model=body.text("model", "name"),
+        tokens=body.ids("tokens"),
+        special=body.flag("special", False),
+    )
+
+
 def read_create(raw: bytes) -> Create:
-    """The body of POST /api/create, in its form of 2023: a Modelfile as text."""
+    """The body of POST /api/create: a Modelfile as text (2023), or what it would say in parts."""
     body = Body(raw)
     body.refuse(NOT_YET_IN_CREATE)
     return Create(
         model=body.text("model", "name"),
         modelfile=body.text("modelfile"),
         directory=body.text("directory") or None,
+        path=body.text("path"),
+        from_=body.text("from"),
+        files=body.names("files"),
+        adapters=body.names("adapters"),
+        template=body.text("template"),
+        system=body.text("system"),
+        licenses=body.texts("license"),
+        parameters=body.mapping("parameters"),
+        messages=body.turns("messages"),
         stream=body.flag("stream", True),
     )
+
+
+def read_show(raw: bytes) -> Show:
+    """The body of POST /api/show."""
+    body = Body(raw)
+    return Show(
+        model=body.text("model", "name"),
+        system=body.text("system"),
+        template=body.text("template"),
+        options=body.mapping("options"),
+        verbose=body.flag("verbose", False),
+    )
+
+
+def read_copy(raw: bytes) -> tuple[str, str]:
+    """The body of POST /api/copy: source and destination."""
+    body = Body(raw)
+    return body.text("source"), body.text("destination")
+
+
+def read_delete(raw: bytes) -> str:
+    """The body of DELETE /api/delete: a model's name."""
+    return Body(raw).text("model", "name")
 
 
 # ── records ───────────────────────────────────────────────────────────────────────────────────
@@ -155,19 +371,47 @@ def read_create(raw: bytes) -> Create:
 
 def chunk_record(ask: Generate, chunk: Chunk) -> Record:
     """One line of an answer; numbers that are zero are left out, as Ollama does."""
+    said: Record = {"response": chunk.text} | _aside_record(chunk)
+    end = {"context": list(chunk.context)} if chunk.context else {}
+    return _answer_record(ask, chunk, said, end)
+
+
+def chat_record(ask: Chat, chunk: Chunk) -> Record:
+    """One line of an answer in a conversation: each carries a message, the last one too."""
+    said: Record = {"role": "assistant", "content": chunk.text} | _aside_record(chunk)
+    return _answer_record(ask, chunk, {"message": said}, {})
+
+
+def _answer_record(ask: Generate | Chat, chunk: Chunk, said: Record, end: Record) -> Record:
     record: Record = {
         "model": ask.model,
         "created_at": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z"),
-        "response": chunk.text,
+        **said,
         "done": chunk.done,
     }
     if chunk.logprobs:
         record["logprobs"] = [_logprob_record(one) for one in chunk.logprobs]
+    if chunk.rendered is not None:
+        shown = {"rendered_template": chunk.rendered.text, "image_count": 0}
+        return record | {"_debug_info": shown | {"prompt_ids": list(chunk.rendered.ids)}}
     if chunk.done:
         record |= {"done_reason": chunk.done_reason}
-        record |= {"context": list(chunk.context)} if chunk.context else {}
+        record |= end
         record |= _stats_record(chunk.stats or Stats())
     return record
+
+
+def _aside_record(chunk: Chunk) -> Record:
+    """What else is in an answer besides its text."""
+    record: Record = {"thinking": chunk.thinking} if chunk.thinking else {}
+    if chunk.tool_calls:
+        record["tool_calls"] = [_tool_call_record(call) for call in chunk.tool_calls]
+    return record
+
+
+def _tool_call_record(call: ToolCall) -> Record:
+    function = {"index": call.index, "name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "function": function}
 
 
 def _logprob_record(one: TokenLogprob) -> Record:
@@ -182,11 +426,47 @@ def _stats_record(stats: Stats) -> Record:
         "prompt_eval_count": stats.prompt_eval_count,
         "prompt_cached_count": stats.prompt_cached_count,
         "prompt_truncated": stats.prompt_truncated,
+        "messages_truncated": stats.messages_truncated,
         "prompt_eval_duration": stats.prompt_eval_duration,
         "eval_count": stats.eval_count,
         "eval_duration": stats.eval_duration,
     }
     return {name: number for name, number in numbers.items() if number}
+
+
+def embed_record(ask: Embed, answer: Embedded) -> Record:
+    """The answer of POST /api/embed."""
+    record: Record = {"model": ask.model, "embeddings": list(answer.vectors)}
+    return record | _stats_record(answer.stats)
+
+
+def embeddings_record(answer: Embedded) -> Record:
+    """The answer of POST /api/embeddings: one vector, or an empty one for an empty prompt."""
+    return {"embedding": next(iter(answer.vectors), [])}
+
+
+def tokenize_record(ask: Tokenize, pieces: list[Piece]) -> Record:
+    """The answer of POST /api/tokenize: the ids, and what each of them is."""
+    return {
+        "model": ask.model,
+        "tokens": [piece.id for piece in pieces],
+        "pieces": [_piece_record(piece) for piece in pieces],
+    }
+
+
+def _piece_record(piece: Piece) -> Record:
+    return {
+        "id": piece.id,
+        "token": piece.bytes.decode(errors="replace"),
+        "bytes": list(piece.bytes),
+        "start": piece.start,
+        "end": piece.end,
+    }
+
+
+def detokenize_record(ask: Detokenize, text: str) -> Record:
+    """The answer of POST /api/detokenize."""
+    return {"model": ask.model, "text": text}
 
 
 def progress_record(progress: Progress) -> Record:
@@ -205,6 +485,45 @@ def model_record(entry: ModelEntry) -> Record:
         "size": entry.size,
         "digest": entry.digest,
         "details": entry.details,
+    }
+
+
+def show_record(shown: Shown) -> Record:
+    """The answer of POST /api/show: what is empty is left out, as Ollama does."""
+    files = shown.files
+    texts = {
+        "license": "\n".join(files.licenses),
+        "modelfile": shown.modelfile,
+        "parameters": shown.parameters,
+        "template": shown.template,
+        "system": files.system,
+    }
+    record: Record = {name: text for name, text in texts.items() if text}
+    record["details"] = {"parent_model": files.parent, **files.config.details()}
+    if files.messages:
+        record["messages"] = [{"role": m.role, "content": m.content} for m in files.messages]
+    record["model_info"] = shown.info
+    if shown.projector is not None:
+        record["projector_info"] = shown.projector
+    record["tensors"] = [
+        {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
+        for tensor in shown.tensors
+    ]
+    record["capabilities"] = list(shown.capabilities)
+    return record | {"modified_at": files.modified_at.isoformat()}
+
+
+def memory_record(model: InMemory) -> Record:
+    """One model of GET /api/ps."""
+    return {
+        "name": model.name,
+        "model": model.name,
+        "size": model.nbytes,
+        "digest": model.digest,
+        "details": {"parent_model": "", **model.details},
+        "expires_at": model.expires_at.isoformat(),
+        "size_vram": model.nbytes_gpu,
+        "context_length": model.n_ctx,
     }
 
 

@@ -160,7 +160,7 @@ REFUSED = {
     "raw and system": (b'{"model": "tiny", "raw": true, "system": "s"}', 400, "raw mode does not"),
     "bad template": (b'{"model": "tiny", "prompt": "a", "template": "{{ if"}', 400, "line 1"),
     "images": (b'{"model": "tiny", "prompt": "a", "images": ["aGk="]}', 400, "images"),
-    "json mode": (b'{"model": "tiny", "prompt": "a", "format": "json"}', 400, "format"),
+    "format": (b'{"model": "tiny", "prompt": "a", "format": "yaml"}', 400, "format must be json"),
     "a long name": (b'{"model": "/' + b"a" * 5000 + b'", "prompt": "a"}', 404, "no GGUF file"),
     "no file": (b'{"model": "/etc/passwd", "prompt": "a"}', 404, "no GGUF file that can be read"),
     "a long template": (

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from refollama.errors import BadRequest
+from refollama.server.app import create_app
 from refollama.version import __version__
 from tests.server.conftest import unchanged
 
@@ -67,6 +69,19 @@ def test_a_body_that_is_too_large_is_refused(http, app):
     app.config["MAX_CONTENT_LENGTH"] = 1000
     response = http.post("/api/generate", content=b"x" * 1001)
     assert response.status_code == 413 and "larger" in response.json()["error"]
+
+
+@pytest.mark.parametrize(("value", "mib"), [("", 64), ("1", 1), (" 200 ", 200)])
+def test_the_largest_body_is_a_matter_of_the_environment(service, monkeypatch, value, mib):
+    monkeypatch.setenv("REFOLLAMA_MAX_BODY", value)
+    assert create_app(service).config["MAX_CONTENT_LENGTH"] == mib << 20
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "a lot", "²"])
+def test_a_largest_body_that_is_none_is_said(service, monkeypatch, value):
+    monkeypatch.setenv("REFOLLAMA_MAX_BODY", value)
+    with pytest.raises(BadRequest, match="REFOLLAMA_MAX_BODY must be a whole number"):
+        create_app(service)
 
 
 def test_our_own_mistakes_show_no_traceback(http, service, monkeypatch):

@@ -1,8 +1,11 @@
 """The real server: a process of its own, sockets, the official client, signals."""
 
 import contextlib
+import hashlib
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +14,7 @@ import time
 import httpx
 import pytest
 
+from refollama.client import Client
 from refollama.server.run import is_loopback
 from tests.server.conftest import ENDLESS, GREEDY, endless
 from tests.server.process import running
@@ -63,6 +67,32 @@ def test_the_official_client(made):
         assert caught.value.status_code == 404
         with pytest.raises(ollama.ResponseError, match="num_ctx"):
             list(client.generate("tiny", "hi", options={"num_ctx": "x"}, stream=True))
+
+
+def test_clients_chat_over_a_socket(made):
+    """The official client, with and without threads, and our own."""
+    import asyncio
+
+    import ollama
+
+    said = [{"role": "user", "content": "the"}]
+    with contextlib.closing(ollama.Client(host=made)) as client:
+        whole = client.chat("tiny", said, options=GREEDY)
+        parts = list(client.chat("tiny", said, options=GREEDY, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == whole.message.content != ""
+
+    async def chat():
+        client = ollama.AsyncClient(host=made)
+        stream = await client.chat("tiny", said, options=GREEDY, stream=True)
+        found = [part.message.content or "" async for part in stream]
+        await client._client.aclose()
+        return "".join(found)
+
+    assert asyncio.run(chat()) == whole.message.content
+    with Client(made) as ours:
+        records = list(ours.chat("tiny", said, options=GREEDY))
+    assert "".join(one["message"]["content"] for one in records) == whole.message.content
+    assert records[-1]["done"] is True
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -151,6 +181,93 @@ def test_it_stops_cleanly_and_at_once_when_told_to(number, tmp_path):
 def test_a_large_body_is_refused_in_json(server):
     response = httpx.post(f"{server}/api/generate", content=b" " * ((64 << 20) + 1), timeout=60)
     assert response.status_code == 413 and "64 MiB" in response.json()["error"]
+
+
+def test_a_body_beyond_all_measure_is_refused_in_json_before_it_is_sent(server):
+    """At twice the limit nobody listens to the rest: the answer comes at once."""
+    head = f"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {1 << 40}\r\n\r\n"
+    status, answer = raw_answer(server, head.encode())
+    assert status == 413 and set(answer) == {"error"} and "Too Large" in answer["error"]
+
+
+def test_what_is_no_http_is_refused_in_json(server):
+    status, answer = raw_answer(server, b"GET / HTTP/1.1\r\nbad header\r\n\r\n")
+    assert status == 400 and set(answer) == {"error"}
+
+
+def raw_answer(server, sent):
+    """Status and JSON of the answer to some bytes, of which the server need not read all."""
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, body = answer.split(b"\r\n\r\n", 1)
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_each_request_is_a_line_of_the_log_and_says_nothing_of_its_content(tmp_path, tiny):
+    body = {"model": str(tiny), "prompt": "confidential", "options": GREEDY}
+    with running(OLLAMA_MODELS=str(tmp_path / "store")) as (url, process):
+        httpx.post(f"{url}/api/generate", json=body, timeout=60)
+        body |= {"model": str(endless(tmp_path)), "options": ENDLESS}
+        start_and_go(f"{url}/api/generate", body, 20)
+        time.sleep(2)  # for the server to notice
+        process.terminate()
+        log = process.communicate(timeout=20)[1]
+    lines = [line.split("request ", 1)[1] for line in log.splitlines() if "request " in line]
+    asked = [line for line in lines if "path=/api/generate" in line]
+    assert len(asked) == 2 and "confidential" not in log
+    assert "method=POST" in asked[0] and "client=127.0.0.1" in asked[0]
+    assert "status=200" in asked[0] and "status=499" in asked[1]
+
+
+def test_vectors_in_the_making_end_when_the_server_stops(tmp_path):
+    """A long text is read in steps: between two of them the server may leave."""
+    body = {
+        "model": str(endless(tmp_path)),
+        "input": "the " * 60_000,
+        "options": {"num_ctx": 10**6},
+    }
+    found = []
+    with running(OLLAMA_MODELS=str(tmp_path / "store")) as (url, process):
+        asking = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{url}/api/embed", json=body, timeout=60))
+        )
+        asking.start()
+        time.sleep(3)
+        assert asking.is_alive()
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert process.wait(20) == 0 and time.monotonic() - start < 8
+        asking.join()
+    assert found[0].status_code == 503 and "unloaded" in found[0].json()["error"]
+
+
+def test_bad_origins_stop_the_server_with_one_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "refollama", "serve", "--host", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"OLLAMA_ORIGINS": "chat.example"},
+    )
+    assert done.returncode == 1 and "an origin must contain '*'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_upload_may_be_larger_than_any_request(tmp_path, chunked):
+    """Its route has no limit; all others have theirs."""
+    data = os.urandom(5 << 20)
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    store = str(tmp_path / "store")
+    with running(OLLAMA_MODELS=store, REFOLLAMA_MAX_BODY="1") as (url, _):
+        content = iter([data[: 1 << 20], data[1 << 20 :]]) if chunked else data
+        sent = httpx.post(f"{url}/api/blobs/{digest}", content=content, timeout=60)
+        assert sent.status_code == 201
+        assert httpx.head(f"{url}/api/blobs/{digest}").status_code == 200
+        refused = httpx.post(f"{url}/api/generate", content=data[: 3 << 19], timeout=60)
+        assert refused.status_code == 413 and "1 MiB" in refused.json()["error"]
 
 
 def test_a_taken_port_is_said_in_one_sentence(server):
