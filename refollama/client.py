@@ -81,9 +81,50 @@ class Client:
         """The models that the server has: name, modified_at, size, digest, details."""
         return list(self._get("/api/tags").get("models") or [])
 
-    def create(self, name: str, modelfile: str, directory: str | None = None) -> Records:
-        """Make a model; relative FROM paths start at `directory`. Yields progress records."""
-        body = {"model": name, "modelfile": modelfile, "directory": directory, "stream": True}
+    def show(self, model: str, verbose: bool = False) -> Record:
+        """What is known of a model: details, parameters, template, model_info, …"""
+        return self._post("/api/show", {"model": model, "verbose": verbose})
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name."""
+        self._send("POST", "/api/copy", {"source": source, "destination": destination})
+
+    def delete(self, model: str) -> None:
+        """Remove a model, and the blobs that no other one needs."""
+        self._send("DELETE", "/api/delete", {"model": model})
+
+    def ps(self) -> list[Record]:
+        """The models in memory: name, size, size_vram, expires_at, …"""
+        return list(self._get("/api/ps").get("models") or [])
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the server has a file of this digest, `sha256:…`."""
+        with self._explained():
+            answer = self._http.head(f"/api/blobs/{digest}", timeout=PROBE_TIMEOUT)
+        if not answer.is_success and answer.status_code != httpx.codes.NOT_FOUND:
+            raise _refusal(answer)
+        return answer.is_success
+
+    def send_blob(self, digest: str, chunks: Iterable[bytes]) -> None:
+        """Give the server a file, piece by piece; it checks the digest."""
+        with self._explained():
+            answer = self._http.post(f"/api/blobs/{digest}", content=chunks)
+        if not answer.is_success:
+            raise _refusal(answer)
+
+    def create(
+        self,
+        name: str,
+        modelfile: str | None = None,
+        directory: str | None = None,
+        **fields: Any,
+    ) -> Records:
+        """Make a model; relative FROM paths start at `directory`. Yields progress records.
+
+        `fields`, in place of a Modelfile: from, files, parameters, system, messages, …
+        """
+        form = {"modelfile": modelfile, "directory": directory, **fields}
+        body = {"model": name, "stream": True, **form}
         return self._stream("/api/create", body, lambda record: record.get("status") == "success")
 
     def generate(self, model: str, prompt: str = "", **fields: Any) -> Records:
@@ -94,11 +135,55 @@ class Client:
         body = {"model": model, "prompt": prompt, "stream": True, **fields}
         return self._stream("/api/generate", body, lambda record: record.get("done") is True)
 
+    def chat(self, model: str, messages: list[Record], **fields: Any) -> Records:
+        """Answer messages; none load the model. Yields pieces, then the final record.
+
+        `fields`: options, format, think, keep_alive, tools, …; None means not given.
+        """
+        body = {"model": model, "messages": messages, "stream": True, **fields}
+        return self._stream("/api/chat", body, lambda record: record.get("done") is True)
+
+    def embed(self, model: str, input: str | list[str], **fields: Any) -> list[list[float]]:
+        """A vector of length 1 for each text. `fields`: truncate, dimensions, options."""
+        answer = self._post("/api/embed", {"model": model, "input": input, **fields})
+        return list(answer.get("embeddings") or [])
+
+    def embeddings(self, model: str, prompt: str, **fields: Any) -> list[float]:
+        """A vector for one text, of the length that the model gave it. `fields`: options."""
+        answer = self._post("/api/embeddings", {"model": model, "prompt": prompt, **fields})
+        return list(answer.get("embedding") or [])
+
+    def tokenize(self, model: str, text: str, **fields: Any) -> Record:
+        """`tokens`: the ids; `pieces`: id, token, bytes, start, end. `fields`: special, bos."""
+        return self._post("/api/tokenize", {"model": model, "text": text, **fields})
+
+    def detokenize(self, model: str, tokens: list[int], **fields: Any) -> str:
+        """The text of some ids. `fields`: special."""
+        answer = self._post("/api/detokenize", {"model": model, "tokens": tokens, **fields})
+        return str(answer.get("text", ""))
+
     # -----------------------------------------------------------------------------------------
 
     def _get(self, path: str) -> Record:
         with self._explained():
             answer = self._http.get(path, timeout=PROBE_TIMEOUT)
+        if not answer.is_success:
+            raise _refusal(answer)
+        return _record(answer.content)
+
+    def _send(self, method: str, path: str, body: Record) -> bytes:
+        """An answer that comes at once, as bytes; it may be empty."""
+        with self._explained():
+            answer = self._http.request(method, path, json=body)
+        if not answer.is_success:
+            raise _refusal(answer)
+        return answer.content
+
+    def _post(self, path: str, body: Record) -> Record:
+        """One record for one request, however long it takes."""
+        given = {key: value for key, value in body.items() if value is not None}
+        with self._explained():
+            answer = self._http.post(path, json=given)
         if not answer.is_success:
             raise _refusal(answer)
         return _record(answer.content)

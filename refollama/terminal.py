@@ -1,24 +1,21 @@
-"""What the user sees and types: sizes, ages, durations, progress, a spinner, the prompt line.
+"""What the user sees: sizes, ages, durations, progress, answers.
 
 Everything that moves goes to standard error and only if that is a terminal; standard output
-carries answers and nothing else. rich and prompt_toolkit are imported where they are used: most
-commands need neither.
+carries answers and nothing else. rich is imported where it is used: most commands do not need it.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import History
     from rich.progress import Progress, TaskID
 
 Record = dict[str, Any]
@@ -187,6 +184,20 @@ def _show_bars(records: Iterable[Record]) -> None:
 
     At the end the bars go, and the statuses stay.
     """
+    shown = None
+    bars: dict[str, TaskID] = {}
+    with _bars() as display:
+        for record in records:
+            status = str(record.get("status", ""))
+            if record.get("total"):
+                _move_bar(display, bars, record)
+            elif status != shown:
+                display.console.print(status, markup=False, highlight=False, soft_wrap=True)
+            shown = status
+
+
+def _bars() -> Progress:
+    """Bars that say how much, how fast and how much longer, and go at the end."""
     from rich import progress
     from rich.console import Console
 
@@ -197,16 +208,19 @@ def _show_bars(records: Iterable[Record]) -> None:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    shown = None
-    bars: dict[str, progress.TaskID] = {}
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        for record in records:
-            status = str(record.get("status", ""))
-            if record.get("total"):
-                _move_bar(display, bars, record)
-            elif status != shown:
-                display.console.print(status, markup=False, highlight=False)
-            shown = status
+    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for one piece of work: call what it gives with every number of bytes that are done."""
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+        yield lambda _: None
+        return
+    with _bars() as display:
+        task = display.add_task(text, total=total)
+        yield lambda done: display.advance(task, done)
 
 
 def _move_bar(display: Progress, bars: dict[str, TaskID], record: Record) -> None:
@@ -219,57 +233,119 @@ def _move_bar(display: Progress, bars: dict[str, TaskID], record: Record) -> Non
     display.update(bars[key], description=status, total=record["total"], completed=done)
 
 
-# --- the prompt line -------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------
 
-QUOTES = '"""'
-PLACEHOLDER = "Send a message (/? for help)"
-PLACEHOLDER_IN_QUOTES = f"Use {QUOTES} to end multi-line input"
-
-
-class PromptLine:
-    """Asks for one message after another; remembers them for the arrow keys."""
-
-    def __init__(self, history: Path | None) -> None:
-        from prompt_toolkit import PromptSession
-
-        self._session: PromptSession[str] = PromptSession(history=_history(history))
-
-    def messages(self) -> Generator[str, None, None]:
-        """What the user types, until Ctrl-D. Ctrl-C drops what stands there."""
-        while True:
-            try:
-                yield self._message()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                if not self._session.default_buffer.text:
-                    print("\nUse Ctrl-D or /bye to exit.\n")
-
-    def _message(self) -> str:
-        text = self._line(">>> ", PLACEHOLDER)
-        if not text.startswith(QUOTES):
-            return text
-        text = text.removeprefix(QUOTES)
-        while not text.rstrip().endswith(QUOTES):
-            text += "\n" + self._line("... ", PLACEHOLDER_IN_QUOTES)
-        return text.rstrip().removesuffix(QUOTES)
-
-    def _line(self, prompt: str, placeholder: str) -> str:
-        from prompt_toolkit.formatted_text import FormattedText
-
-        hint = FormattedText([("fg:ansibrightblack", placeholder)])
-        return self._session.prompt(prompt, placeholder=hint)
+MARGIN = 5  # columns at the right that stay free, as in Ollama
+NARROWEST = 10  # columns; a smaller terminal is not wrapped for
+TAB = 8  # columns between a terminal's tab stops
+GREY, NORMAL = "\x1b[90m", "\x1b[39m"
 
 
-def _history(path: Path | None) -> History:
-    """A history in a file that only its owner reads; in memory if the disk says no."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+def show_answer(pieces: Iterable[str], wordwrap: bool) -> str:
+    """Write an answer to standard output as it comes; gives back the whole of it.
 
-    if path is None:
-        return InMemoryHistory()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(path))
+    A pipe gets every character as it is. A terminal gets no control characters, which could do
+    more than show text, and no word that is cut by the end of a line if `wordwrap`.
+    """
+    shown = _for_a_terminal(wordwrap) if sys.stdout.isatty() else str
+    whole = []
+    for piece in pieces:
+        whole.append(piece)
+        sys.stdout.write(shown(piece))
+        sys.stdout.flush()
+    return "".join(whole)
+
+
+def _for_a_terminal(wordwrap: bool) -> Callable[[str], str]:
+    width = shutil.get_terminal_size().columns
+    if not wordwrap or width < NARROWEST:
+        return printable
+    wrap = Wrap(width - MARGIN)
+    return lambda piece: wrap.add(printable(piece))
+
+
+def printable(text: str) -> str:
+    """Without control characters, but with line feeds and tabs."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+class Wrap:
+    """Breaks lines between words while a text streams in, for a terminal.
+
+    Nothing is held back: a word that turns out too long for its line is erased where it stands
+    and written again on the next.  Units: `limit` and all lengths are columns, of which a wide
+    character takes two.
+    """
+
+    def __init__(self, limit: int) -> None:
+        from rich.cells import cell_len
+
+        self._cells = cell_len
+        self._limit = limit
+        self._column = 0
+        self._word = ""  # what stands since the last space
+
+    def add(self, text: str) -> str:
+        """What to write for the next piece of the text."""
+        return "".join(map(self._one, text))
+
+    def _one(self, character: str) -> str:
+        if character == "\n":
+            return self._break()
+        width = self._width(character)
+        if self._column + width <= self._limit:
+            self._column += width
+            self._word = "" if character.isspace() else self._word + character
+            return character
+        return self._break() if character.isspace() else self._move(character)
+
+    def _width(self, character: str) -> int:
+        return TAB - self._column % TAB if character == "\t" else self._cells(character)
+
+    def _break(self) -> str:
+        self._column, self._word = 0, ""
+        return "\n"
+
+    def _move(self, character: str) -> str:
+        """The word, with this character behind it, at the start of the next line."""
+        word, before = self._word, self._cells(self._word)
+        if before == self._column:  # it fills a whole line: it goes on in the next
+            word, before = "", 0
+        erase = f"\x1b[{before}D\x1b[K" if before else ""
+        self._word = word + character
+        self._column = self._cells(self._word)
+        return f"{erase}\n{self._word}"
+
+
+class Thinking:
+    """What a model thinks before it answers, on standard error: it is no part of the answer."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden = hidden
+        self._open = False
+        grey = sys.stderr.isatty()
+        self._before, self._after = (GREY, NORMAL) if grey else ("", "")
+
+    def show(self, text: str) -> None:
+        """The next piece of it."""
+        if self._hidden or not text:
+            return
+        if not self._open:
+            self._write("Thinking...\n")
+        self._open = True
+        self._write(text)
+
+    def end(self) -> None:
+        """The answer begins."""
+        if self._open:
+            self._write("\n...done thinking.\n\n")
+        self._open = False
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"{self._before}{printable(text)}{self._after}")
+        sys.stderr.flush()
+
+
+def note(sentence: str) -> None:
+    """Something that the user should know, beside the answer."""
+    print(f"Note: {sentence}", file=sys.stderr, flush=True)

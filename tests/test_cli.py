@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -24,11 +25,12 @@ from refollama import private_server
 from refollama.cli import cli
 from refollama.client import Client
 from tests import fake_server
-from tests.fake_server import FakeServer, many, one
+from tests.fake_server import SHOW, FakeServer, many, one
 from tests.test_client import refused_port
 
 ROOT = Path(__file__).parent.parent
 STORY = "You said: "
+NAMED = ["show", "ps", "stop", "cp", "rm"]  # the commands that take a name and little else
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +81,22 @@ def failed(result: Result, sentence: str, status: int = 1) -> None:
 # --- help, version, mistakes -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["serve", "create", "list", "run"])
+@pytest.mark.parametrize(
+    "command", ["serve", "create", "list", "run", "show", "ps", "stop", "cp", "rm"]
+)
 def test_every_help_page_teaches(command):
     for page in (refollama(command, "--help"), refollama(command, "-h")):
         assert page.exit_code == 0
         assert "Examples:" in page.stdout
         assert "OLLAMA_HOST" in page.stdout
     assert f"\n  {command} " in refollama("--help").stdout
+
+
+def test_help_is_a_command_too():
+    assert refollama("help").stdout == refollama("--help").stdout
+    assert refollama("help", "ls").stdout.startswith("Usage: refollama ls ")
+    first, *others = refollama("help", "run").stdout.splitlines()
+    assert [first, *others] == refollama("run", "--help").stdout.splitlines()
 
 
 def test_version():
@@ -99,6 +110,11 @@ def test_version():
         (["run"], "Missing argument 'MODEL'"),
         (["create"], "Missing argument 'MODEL'"),
         (["run", "tale", "-o", "seed"], "'seed' is not of the form NAME=VALUE"),
+        (["run", "tale", "--format", "{"], "this schema is no JSON"),
+        (["show"], "Missing argument 'MODEL'"),
+        (["cp", "tale"], "Missing argument 'TARGET'"),
+        (["rm"], "Missing argument 'MODELS...'"),
+        (["help", "bogus"], "No such command 'bogus'"),
     ],
 )
 def test_a_wrong_command_line_exits_2(arguments, sentence):
@@ -154,6 +170,40 @@ def test_all_options_travel(server):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        (["--format", "json"], {"format": "json"}),
+        (["--format", '{"type": "object"}'], {"format": {"type": "object"}}),
+        (["--keepalive", "5m"], {"keep_alive": "5m"}),
+        (["--keepalive", "-1"], {"keep_alive": -1}),
+        (["--keepalive", "0"], {"keep_alive": 0}),
+        (["--think"], {"think": True}),
+        (["--nothink"], {"think": False}),
+    ],
+)
+def test_flags_become_fields(server, arguments, sent):
+    assert refollama("run", "tale", *arguments, "hi").exit_code == 0
+    plain = {"model": "tale", "prompt": "hi", "stream": True}
+    assert server.requests == [("generate", {**plain, **sent})]
+
+
+def test_thinking_is_no_part_of_the_answer(server):
+    thoughts: list[dict[str, Any]] = [{"thinking": "hm"}, {"thinking": " hm"}]
+    told = [*thoughts, {"response": "42"}, {"done": True}]
+    server.script["generate"] = many(told)
+    result = refollama("run", "tale", "hi")
+    assert result.stdout == "42\n"
+    assert result.stderr == "Thinking...\nhm hm\n...done thinking.\n\n"
+    server.script["generate"] = many(told)
+    assert refollama("run", "tale", "--hidethinking", "hi").stderr == ""
+
+
+def test_a_pipe_gets_the_answer_as_it_is(server):
+    text = "\x1b[31m" + "word " * 100
+    assert refollama("run", "tale", text).stdout == f"{STORY}{text}\n"
+
+
+@pytest.mark.parametrize(
     ("setting", "sentence"),
     [
         ("temprature=0", "unknown parameter 'temprature'; known are: "),
@@ -201,10 +251,8 @@ def test_a_file_that_is_not_there(server, home):
 
 def test_another_machine_cannot_read_our_files(far_away, home):
     (home / "tale.gguf").touch()
-    (home / "Modelfile").write_text("FROM ./tale.gguf\n", "utf-8")
     where = "the server at http://192.0.2.1:1 cannot read it"
     failed(refollama("run", "./tale.gguf", "hi"), where)
-    failed(refollama("create", "tale"), where)
 
 
 def test_another_machine_is_not_replaced_by_this_one(far_away, home, monkeypatch):
@@ -227,6 +275,34 @@ def test_create_sends_the_text_and_its_folder(server, home):
     route, body = server.requests[0]
     assert (route, body["directory"]) == ("create", str(home / "sub"))
     assert body["modelfile"] == "FROM ./x.gguf\nSYSTEM \u00e9\n"
+
+
+def test_another_machine_is_sent_the_files(server, home, monkeypatch):
+    """As blobs, once; the text that it gets names them, and is the same otherwise."""
+    monkeypatch.setattr("refollama.cli.on_this_machine", lambda url: False)
+    (home / "sub").mkdir()
+    (home / "sub" / "a b.gguf").write_bytes(b"weights" * 500_000)
+    text = 'from "{}"  \nFROM tale\nADAPTER ./gone\nSYSTEM """\nFROM here\n"""\n'
+    (home / "sub" / "Modelfile").write_text(text.format("a b.gguf"), "utf-8")
+    first = refollama("create", "tale", "-f", "sub/Modelfile")
+    steps = ["reading a b.gguf", "sending a b.gguf", "parsing", "writing layer", "success"]
+    assert (first.exit_code, first.stderr.splitlines()) == (0, steps)
+    digest = f"sha256:{hashlib.sha256(b'weights' * 500_000).hexdigest()}"
+    assert server.blobs == {digest: b"weights" * 500_000}
+    sent = {"model": "tale", "stream": True, "modelfile": text.replace('"{}"', f"@{digest}")}
+    assert server.requests == [("create", sent)]
+    assert "sending a b.gguf" not in refollama("create", "tale", "-f", "sub/Modelfile").stderr
+
+
+def test_a_blob_that_is_refused_is_told(server, home, monkeypatch):
+    monkeypatch.setattr("refollama.cli.on_this_machine", lambda url: False)
+    monkeypatch.setattr("refollama.upload.hashlib", SimpleNamespace(sha256=hashlib.md5))
+    (home / "x.gguf").touch()
+    (home / "Modelfile").write_text("FROM ./x.gguf", "utf-8")
+    result = refollama("create", "tale")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "reading x.gguf\nsending x.gguf\nError: digest mismatch\n"
+    assert server.requests == []
 
 
 def test_create_without_a_modelfile(server, home):
@@ -286,6 +362,176 @@ def stored(root: Path) -> None:
     path = root / "manifests" / "registry.ollama.ai" / "library" / "tale" / "latest"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(manifest), "utf-8")
+
+
+# --- show ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["license", "modelfile", "parameters", "template", "system"])
+def test_one_part_as_it_is(server, part):
+    assert refollama("show", "tale", f"--{part}").stdout == f"{SHOW[part]}\n"
+    assert server.requests == [("show", {"model": "tale", "verbose": False})]
+
+
+def test_a_part_that_a_model_lacks_is_empty(server):
+    server.script["show"] = one({"details": {}})
+    assert refollama("show", "tale", "--license").stdout == "\n"
+
+
+def test_only_one_part_at_once(server):
+    failed(
+        refollama("show", "tale", "--license", "--system"),
+        "only one of '--license', '--modelfile', '--parameters', '--system', or '--template' can",
+        status=2,
+    )
+    assert server.requests == []
+
+
+def test_show_at_a_glance(server):
+    page = refollama("show", "tale").stdout
+    assert "context length      32768" in page
+    assert "tokenizer.ggml.tokens" not in page
+    page = refollama("show", "tale", "-v").stdout
+    assert re.search(r'tokenizer\.ggml\.tokens +\["a", "b", "c", \.\.\.\+2 more\]', page)
+    assert "output.weight    Q6_K    [4096, 32000]" in page
+
+
+def test_a_file_has_nothing_to_show(server):
+    failed(
+        refollama("show", "./x.gguf"), "./x.gguf has no name: make a model of it with 'refollama"
+    )
+    assert server.requests == []
+
+
+def test_show_repeats_the_servers_error(server):
+    server.script["show"] = one({"error": "model 'x' not found"}, 404)
+    failed(refollama("show", "x"), "Error: model 'x' not found\n")
+
+
+# --- ps, stop, cp, rm ------------------------------------------------------------------------
+
+
+def test_ps(server):
+    header, row = refollama("ps").stdout.splitlines()
+    assert header.split() == ["NAME", "ID", "SIZE", "PROCESSOR", "UNTIL"]
+    cells = [cell.strip() for cell in row.split("\t")]
+    assert cells == ["tale:latest", "fe938a131f40", "5 GB", "30%/70% CPU/GPU", "Forever"]
+    assert len(refollama("ps", "other").stdout.splitlines()) == 1
+
+
+def test_stop_asks_for_nothing_and_keeps_nothing(server):
+    assert refollama("stop", "tale").output == ""
+    sent = {"model": "tale", "prompt": "", "stream": True, "keep_alive": 0}
+    assert server.requests == [("generate", sent)]
+
+
+@pytest.mark.parametrize("arguments", [["ps"], ["stop", "tale"]])
+def test_no_server_is_started_only_to_hold_nothing(nobody, arguments, monkeypatch):
+    monkeypatch.setattr(private_server, "command", lambda: pytest.fail("started"))
+    failed(refollama(*arguments), "could not connect to refollama at")
+
+
+def test_cp(server):
+    assert refollama("cp", "tale", "mine").stdout == "copied 'tale' to 'mine'\n"
+    assert server.requests == [("copy", {"source": "tale", "destination": "mine"})]
+
+
+def test_rm_removes_until_one_fails(server):
+    assert refollama("rm", "a", "b").stdout == "deleted 'a'\ndeleted 'b'\n"
+    assert server.requests == [("delete", {"model": "a"}), ("delete", {"model": "b"})]
+    server.script["delete"] = one({"error": "model 'c' not found"}, 404)
+    failed(refollama("rm", "c", "d"), "Error: model 'c' not found\n")
+    assert len(server.requests) == 3
+
+
+def test_models_are_copied_and_removed_without_a_server(nobody, home, monkeypatch):
+    monkeypatch.setattr(private_server, "command", lambda: pytest.fail("started"))
+    stored(home / "models")
+    assert refollama("cp", "tale", "mine:x").stdout == "copied 'tale' to 'mine:x'\n"
+    names = [row.split()[0] for row in refollama("list").stdout.splitlines()[1:]]
+    assert sorted(names) == ["mine:x", "tale:latest"]
+    assert refollama("rm", "tale").stdout == "deleted 'tale'\n"
+    assert [row.split()[0] for row in refollama("ls").stdout.splitlines()[1:]] == ["mine:x"]
+    failed(refollama("rm", "tale"), "model 'tale")
+    failed(refollama("cp", "tale", "other"), "model 'tale")
+    failed(refollama("cp", "mine:x", "a b"), "a b")
+
+
+# --- the Tab key -----------------------------------------------------------------------------
+
+
+def completed(words: str, incomplete: str) -> list[str]:
+    """What bash would offer, as click tells it."""
+    cword = len(words.split())
+    line = f"refollama {words} {incomplete}".strip()
+    environment = {
+        **os.environ,
+        "_REFOLLAMA_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(cword + 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "refollama"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+BASH = """
+eval "$(_REFOLLAMA_COMPLETE=bash_source refollama)"
+COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) COMPREPLY=()
+_refollama_completion refollama
+echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("rm ta", ["tale", "tale:small"]),
+        ("rm tale:", ["tale:latest", "tale:small"]),
+        ("rm tale:s", ["tale:small"]),
+        ("rm tale : s", ["small"]),
+        ("rm tale :", ["latest", "small"]),
+        ("rm tale tale : s", ["small"]),
+        ("show tale : s", ["small"]),
+        ("rm other : s", []),
+        ("rm host : 5000/ta", ["5000/tale", "5000/tale:small"]),
+        ("rm host : 5000/tale : s", ["small"]),
+    ],
+)
+def test_bash_cuts_names_at_colons_or_not(server, home, monkeypatch, words, offered):
+    """The judge is bash itself, which gets the words as it would cut them, or as one."""
+    names = ["tale:latest", "tale:small", "host:5000/tale:latest", "host:5000/tale:small"]
+    server.script["tags"] = one({"models": [{"name": name} for name in names]})
+    script = home / "refollama"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m refollama "$@"\n', "utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(home), prepend=os.pathsep)
+    code = BASH.format(words=f"refollama {words}")
+    done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("command", ["run", "show", "stop", "cp", "rm"])
+def test_names_of_models_are_completed(server, command):
+    assert completed(command, "ta") == ["plain,tale"]
+    assert completed(command, "x") == []
+
+
+def test_commands_and_files_are_completed(nobody):
+    assert completed("", "s") == ["plain,serve", "plain,show", "plain,stop"]
+    assert completed("run", "./st") == ["file,./st"]
+
+
+def test_completion_is_silent_about_what_is_wrong(home, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
+    assert completed("run", "ta") == []
 
 
 # --- serve -----------------------------------------------------------------------------------
@@ -626,6 +872,10 @@ class Terminal:
         before, _, self._seen = self._seen.partition(text)
         return before
 
+    def rest(self) -> str:
+        """What has been seen since."""
+        return self._seen
+
     def status(self) -> int:
         """How the program ended."""
         deadline = time.monotonic() + 10
@@ -640,7 +890,7 @@ class Terminal:
 
 
 def test_a_conversation(server):
-    """Context goes from answer to answer; an answer that was stopped leaves no trace in it."""
+    """What was said goes along; an answer that was stopped leaves no trace in it."""
     with Terminal("run", "tale", "-o", "seed=1") as screen:
         screen.sees(">>> ")
         screen.type("four\r")
@@ -670,15 +920,17 @@ def test_a_conversation(server):
         screen.sees(">>> ")
         screen.type("/bye\r")
         assert screen.status() == 0
-    asked = [(body["prompt"], body.get("context")) for _, body in server.requests]
-    assert asked == [("", None), ("four", None), ("forever", [4]), ("a\nb", [4]), ("fresh", None)]
+    assert {route for route, _ in server.requests} == {"chat"}
+    asked = [[m["content"] for m in body["messages"]] for _, body in server.requests]
+    before = ["four", STORY + "four"]
+    assert asked == [[], ["four"], [*before, "forever"], [*before, "a\nb"], ["fresh"]]
     assert all(body["options"] == {"seed": 1} for _, body in server.requests)
 
 
 def test_an_error_does_not_end_a_conversation(server):
     with Terminal("run", "tale") as screen:
         screen.sees(">>> ")
-        server.script["generate"] = one({"error": "the prompt has 9 tokens too many"}, 400)
+        server.script["chat"] = one({"error": "the prompt has 9 tokens too many"}, 400)
         screen.type("long\r")
         screen.sees("Error: the prompt has 9 tokens too many")
         screen.sees(">>> ")
@@ -691,10 +943,50 @@ def test_an_error_does_not_end_a_conversation(server):
 
 
 def test_a_model_that_is_missing_ends_it_at_once(server):
-    server.script["generate"] = one({"error": "model 'tale' not found"}, 404)
+    for route in ("chat", "generate"):
+        server.script[route] = one({"error": "model 'tale' not found"}, 404)
     with Terminal("run", "tale") as screen:
         screen.sees("Error: model 'tale' not found")
         assert screen.status() == 1
+
+
+def test_long_lines_are_broken_between_words(server, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "25")
+    with Terminal("run", "tale", "one two three four five six") as screen:
+        screen.sees("one two")
+        assert screen.status() == 0
+        assert screen.rest() == " th\x1b[2D\x1b[K\r\nthree four five six\r\n"
+    with Terminal("run", "tale", "--nowordwrap", "one two three four five six") as screen:
+        screen.sees("You said: one two three four five six\r\n")
+
+
+def test_the_history_is_ollamas_file(server, home):
+    (home / ".ollama").mkdir()
+    (home / ".ollama" / "history").write_text("typed before\n", "utf-8")
+    with Terminal("run", "tale") as screen:
+        screen.sees(">>> ")
+        screen.type("typed now\r")
+        screen.sees(STORY + "typed now")
+        screen.sees(">>> ")
+        screen.type("\x1b[A\x1b[A\r")
+        screen.sees(STORY + "typed before")
+        screen.sees(">>> ")
+        screen.type("\x04")
+        assert screen.status() == 0
+    lines = (home / ".ollama" / "history").read_text("utf-8").splitlines()
+    assert lines == ["typed before", "typed now", "typed before"]
+
+
+def test_no_history_is_kept_against_the_users_will(server, home, monkeypatch):
+    monkeypatch.setenv("OLLAMA_NOHISTORY", "1")
+    with Terminal("run", "tale") as screen:
+        screen.sees(">>> ")
+        screen.type("secret\r")
+        screen.sees(STORY + "secret")
+        screen.sees(">>> ")
+        screen.type("/bye\r")
+        assert screen.status() == 0
+    assert not (home / ".ollama").exists()
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_private_server(nobody, home):
@@ -735,14 +1027,18 @@ def test_create_in_a_terminal_draws_a_bar(server, home):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"]])
 def test_the_answer_comes_at_once(server, arguments):
+    """In time of the processor: a machine that is busy otherwise makes no difference."""
+
     def once() -> float:
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run(
             [sys.executable, "-m", "refollama", *arguments], check=True, stdout=subprocess.DEVNULL
         )
-        return time.perf_counter() - began
+        after = os.times()
+        user = after.children_user - before.children_user
+        return user + after.children_system - before.children_system
 
-    assert statistics.median(once() for _ in range(3)) < 0.5
+    assert min(once() for _ in range(3)) < 0.5
 
 
 @pytest.mark.parametrize("listening", [True, False])

@@ -1,9 +1,8 @@
-"""Numbers as people read them, progress as it comes, one message after another."""
+"""Numbers as people read them, progress as it comes, answers in lines of whole words."""
 
 from __future__ import annotations
 
 import re
-import stat
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
 from typing import Any
@@ -11,15 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
+from rich.cells import cell_len
 
 from refollama import terminal
 from tests.fake_server import COUNTS
 
 NOW = datetime(2023, 12, 15, tzinfo=timezone.utc)
-CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 @pytest.mark.parametrize(
@@ -171,53 +167,117 @@ def test_a_terminal_has_bars(capsys, monkeypatch):
         assert text in shown
 
 
+def test_a_bar_for_one_piece_of_work(capsys, monkeypatch):
+    def work() -> str:
+        with terminal.bar("sending [x]", 2_000_000) as moved:
+            moved(1_000_000)
+            moved(1_000_000)
+        return capsys.readouterr().err
+
+    assert work() == "sending [x]\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert re.search(r"sending \[x\] .*2\.0/2\.0 MB", work())
+
+
 def test_until_first_changes_nothing():
     assert list(terminal.until_first(STEPS, "wait")) == STEPS
     assert list(terminal.until_first([], "wait")) == []
 
 
-# --- the prompt line -------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------
 
 
-def typed(text, history=None):
-    """The messages that come of these keys."""
-    with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
-        keys.send_text(text)
-        return list(terminal.PromptLine(history).messages())
+class Screen:
+    """A terminal without end: what stands there after text, line feeds, and CSI nD and K."""
+
+    def __init__(self) -> None:
+        self.lines: list[list[str]] = [[]]
+        self._at = 0  # cells: a wide character takes two, the second of which is empty
+
+    def write(self, text: str) -> None:
+        for sequence, character in re.findall(r"\x1b\[(\d*[DK])|(.|\n)", text):
+            self._control(sequence) if sequence else self._put(character)
+
+    def _control(self, sequence: str) -> None:
+        if sequence == "K":
+            del self.lines[-1][self._at :]
+        else:
+            self._at -= int(sequence[:-1])
+            assert self._at >= 0
+
+    def _put(self, character: str) -> None:
+        if character == "\n":
+            self.lines.append([])
+            self._at = 0
+            return
+        cells = 8 - self._at % 8 if character == "\t" else cell_len(character)
+        assert self._at == len(self.lines[-1])
+        self.lines[-1] += [character, *[""] * (cells - 1)][:cells]
+        self._at += cells
+
+    def text(self) -> str:
+        return "\n".join(map("".join, self.lines))
 
 
-@pytest.mark.parametrize(
-    ("keys", "messages"),
-    [
-        ("hello\r" + CTRL_D, ["hello"]),
-        ("one\rtwo\r" + CTRL_D, ["one", "two"]),
-        ("\r" + CTRL_D, [""]),
-        ('"""one line"""\r' + CTRL_D, ["one line"]),
-        ('"""a\rb\r"""\r' + CTRL_D, ["a\nb\n"]),
-        ('"""\ra"""\r' + CTRL_D, ["\na"]),
-        ('"""a\r' + CTRL_D, []),
-    ],
-)
-def test_messages(keys, messages):
-    assert typed(keys) == messages
+def wrapped(pieces, limit):
+    screen, wrap = Screen(), terminal.Wrap(limit)
+    for piece in pieces:
+        screen.write(wrap.add(piece))
+    return screen
 
 
-def test_ctrl_c_drops_the_line_and_says_how_to_leave(capsys):
-    assert typed("wrong" + CTRL_C + "right\r" + CTRL_D) == ["right"]
-    assert "/bye" not in capsys.readouterr().out
-    assert typed(CTRL_C + CTRL_D) == []
-    assert "Use Ctrl-D or /bye to exit." in capsys.readouterr().out
+texts = st.lists(st.text("ab \u4e2d\n\t", max_size=6))
 
 
-def test_history_is_kept_for_its_owner_alone(tmp_path):
-    path = tmp_path / "new" / "history"
-    typed("remember me\r" + CTRL_D, path)
-    assert "remember me" in path.read_text("utf-8")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    up = "\x1b[A"
-    assert typed(up + "\r" + CTRL_D, path) == ["remember me"]
+@given(texts, st.integers(3, 30))
+def test_no_line_is_too_long_and_no_character_is_lost(pieces, limit):
+    screen = wrapped(pieces, limit)
+    assert all(len(line) <= limit for line in screen.lines)
+    shown = "".join(screen.text().split())
+    assert shown == "".join("".join(pieces).split())
 
 
-def test_without_a_place_for_history_one_can_talk_all_the_same(tmp_path):
-    (tmp_path / "file").touch()
-    assert typed("hello\r" + CTRL_D, tmp_path / "file" / "history") == ["hello"]
+@given(texts, st.integers(13, 30))
+def test_words_that_fit_a_line_stay_whole(pieces, limit):
+    words = [word for word in "".join(pieces).split() if cell_len(word) <= 12]
+    text = " ".join(words)
+    assert wrapped([text], limit).text().split() == words
+
+
+@given(texts)
+def test_what_fits_is_not_touched(pieces):
+    wrap = terminal.Wrap(10_000)
+    assert "".join(map(wrap.add, pieces)) == "".join(pieces)
+
+
+@given(texts, st.integers(3, 30))
+def test_pieces_make_no_difference(pieces, limit):
+    assert wrapped(pieces, limit).text() == wrapped(["".join(pieces)], limit).text()
+
+
+def test_a_word_is_moved():
+    assert wrapped(["one two th", "ree"], 11).text() == "one two \nthree"
+    assert wrapped(["one two three"], 7).text() == "one two\nthree"
+    assert wrapped(["abcdefgh"], 4).text() == "abcd\nefgh"
+
+
+def test_a_terminal_gets_no_control_characters(capsys, monkeypatch):
+    said = ["a\x1b[2J\x07b\r\n", "\x9b\u00e9\tc"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for wordwrap in (False, True):
+        assert terminal.show_answer(said, wordwrap) == "".join(said)
+        assert capsys.readouterr().out == "a[2Jb\n\u00e9\tc"
+
+
+def test_a_pipe_gets_everything(capsys):
+    assert terminal.show_answer(["\x1b[", "2J " * 99], True) == "\x1b[" + "2J " * 99
+    assert capsys.readouterr().out == "\x1b[" + "2J " * 99
+
+
+def test_thinking_begins_and_ends_once(capsys):
+    thinking = terminal.Thinking(hidden=False)
+    for text in ("", "a", "b"):
+        thinking.show(text)
+    thinking.end()
+    thinking.end()
+    assert capsys.readouterr().err == "Thinking...\nab\n...done thinking.\n\n"

@@ -1,0 +1,58 @@
+"""Files that a Modelfile names, sent to a server on another machine.
+
+Such a server cannot read this one's disk: each file goes to it as a blob, named by its SHA-256, and
+the Modelfile that it gets says `@sha256:…` where the path stood. What it has already is not sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refollama import terminal
+
+if TYPE_CHECKING:
+    from refollama.client import Client
+
+CHUNK = 1 << 20  # bytes that are read at once
+
+_FILE_LINE = re.compile(
+    r"^([ \t]*(?:FROM|ADAPTER)[ \t]+)(\S.*?)([ \t\r]*)$", re.IGNORECASE | re.MULTILINE
+)
+
+
+def with_blobs(client: Client, modelfile: str, directory: Path) -> str:
+    """The same Modelfile with digests in place of files, which the server has by then.
+
+    Names of models stay as they are, and so do paths that lead to no file here.
+    """
+
+    def sent(line: re.Match[str]) -> str:
+        path = directory / Path(line[2].strip('"')).expanduser()
+        return f"{line[1]}@{send(client, path)}{line[3]}" if path.is_file() else line[0]
+
+    return _FILE_LINE.sub(sent, modelfile)
+
+
+def send(client: Client, path: Path) -> str:
+    """Send a file, unless the server has it; gives its digest.  Raises: OSError, RefollamaError."""
+    size = path.stat().st_size
+    sha = hashlib.sha256()
+    with terminal.bar(f"reading {path.name}", size) as moved:
+        for chunk in _chunks(path, moved):
+            sha.update(chunk)
+    digest = f"sha256:{sha.hexdigest()}"
+    if not client.has_blob(digest):
+        with terminal.bar(f"sending {path.name}", size) as moved:
+            client.send_blob(digest, _chunks(path, moved))
+    return digest
+
+
+def _chunks(path: Path, moved: Callable[[int], None]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+            moved(len(chunk))
