@@ -55,8 +55,10 @@ class ModelfileError(BadRequest):
 class TemplateError(BadRequest):
     """A prompt template that cannot be parsed or executed."""
 
-    def __init__(self, problem: str, line: int, column: int) -> None:
-        super().__init__(f"template: line {line}, column {column}: {problem}")
+    def __init__(self, problem: str, line: int | None = None, column: int | None = None) -> None:
+        places = {"line": line, "column": column}
+        where = ", ".join(f"{what} {at}" for what, at in places.items() if at is not None)
+        super().__init__(f"template: {where}: {problem}" if where else f"template: {problem}")
 
 
 class PromptTooLong(BadRequest):

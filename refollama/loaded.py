@@ -2,28 +2,43 @@
 
 llm = refollama.load("model.gguf")
 llm.tokenizer · llm.net · llm.stream("Once upon") · llm.generate("Once upon")
-llm.logits(ids) · llm.hidden(ids, layer) · llm.score("Once upon a time")
+llm.chat([{"role": "user", "content": "hi"}])
+llm.logits(ids) · llm.hidden(ids, layer) · llm.score("Once upon a time") · llm.embed("Once")
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from refollama.dialogue import (
+    Reader,
+    Script,
+    chat_prompt,
+    check_messages,
+    check_think,
+    converse,
+    gathered,
+    script_from,
+    scripted,
+)
 from refollama.engine import limits
 from refollama.engine.engine import Engine, Stream
-from refollama.engine.sequence import NO_EXTRAS, Extras, Logprob, Marks
-from refollama.engine.sequence import Sequence as Running
+from refollama.engine.pool import Pool
+from refollama.engine.sequence import NO_EXTRAS, Extras, Marks, never
 from refollama.errors import (
+    Abandoned,
     BadOption,
     BadRequest,
     FormatError,
@@ -32,25 +47,27 @@ from refollama.errors import (
     UnsupportedModel,
 )
 from refollama.kvcache import CPU
-from refollama.messages import Chunk, Stats, TokenLogprob
-from refollama.models.config import ModelConfig
+from refollama.messages import Chat, Chunk, Message
+from refollama.models.exact import warn_if_not_exact
 from refollama.models.llama import Llama
 from refollama.models.load import load_net
 from refollama.models.memory import Placement, place
+from refollama.models.vectors import pool
 from refollama.options import Options
-from refollama.sampling.chain import Watch
+from refollama.sampling.chain import Grammar, Watch
+from refollama.sampling.grammar import JsonGrammar, Spellings, source
 from refollama.store import ModelFiles, Name, Store
+from refollama.telling import Telling, stats
 from refollama.text import tokenizer_from
-from refollama.text.stops import StopStrings
-from refollama.text.tokenizer import StreamDecoder, Tokenizer, unguarded
+from refollama.text.tokenizer import Tokenizer, unguarded, valid
 from refollama.weights.gguf import open_gguf
 
 Chunks = Generator[Chunk, None, None]  # closing it is cancelling
 
 AT_ONCE = 512  # tokens that `logits` and its kin send through the model in one step
 MOST_CONTEXTS = 100  # a prompt that would fill so many is a mistake, or worse
-MOST_ENGINES = 2  # idle ones beyond it are closed when another is needed
 DEFAULTS = Options()
+NO_SCRIPT = Script()
 
 
 class Answer(NamedTuple):
@@ -60,8 +77,11 @@ class Answer(NamedTuple):
     record: Chunk
 
 
-class Memory(NamedTuple):
-    """The options that decide what a token's keys are: each choice needs a cache of its own."""
+class CacheKind(NamedTuple):
+    """The options that decide what a token's keys are, and where they lie.
+
+    Each choice needs a cache of its own; what makes no difference here is the same choice.
+    """
 
     f16_kv: bool
     low_vram: bool
@@ -70,23 +90,32 @@ class Memory(NamedTuple):
     n_ctx: int  # the longest context that turns alike; 0 where all do (all but longrope)
 
     @classmethod
-    def of(cls, options: Options, config: ModelConfig) -> Memory:
-        rope, n_ctx = config.rope, limits.context(options, config.n_ctx)
+    def of(cls, options: Options, net: Llama) -> CacheKind:
+        rope, n_ctx = net.config.rope, 0
+        if rope.longrope:
+            long = limits.context(options, net.n_ctx) > rope.trained_on
+            n_ctx = net.n_ctx if long else rope.trained_on
+        base, scale = options.rope_frequency_base, options.rope_frequency_scale
         return cls(
             options.f16_kv,
-            options.low_vram,
-            options.rope_frequency_base,
-            options.rope_frequency_scale,
-            (config.n_ctx if n_ctx > rope.trained_on else rope.trained_on) * rope.longrope,
+            options.low_vram and torch.cuda.is_available(),
+            0.0 if base == rope.base else base,
+            0.0 if scale == rope.scale else scale,
+            n_ctx,
         )
+
+    def turned(self, net: Llama) -> Llama:
+        """The net under the rotation that was chosen; its weights are shared."""
+        return net.with_rope(self.rope_frequency_base, self.rope_frequency_scale, self.n_ctx)
 
 
 class LoadedModel:
     """A net, its tokenizer, and the engine that lets many callers share them.
 
     `net` is an ordinary torch module: hook it, change it, call it. `slots` answers are written side
-    by side, others wait; those that ask for another kind of `Memory` have slots of their own.
-    `defaults` are the options that stand in the model's Modelfile.
+    by side, others wait; those that ask for another `CacheKind` have slots of their own.
+    `defaults` are the options that stand in the model's Modelfile; `script` is what it and the file
+    say about conversations.
     """
 
     def __init__(
@@ -96,14 +125,15 @@ class LoadedModel:
         *,
         defaults: Options = DEFAULTS,
         slots: int = 1,
+        script: Script = NO_SCRIPT,
     ) -> None:
-        self._engines: dict[Memory, Engine] = {}  # the one used last comes last
-        self._lock = threading.Lock()
-        self._closed = False
+        self._engines = Pool(_maker(self))
+        self._reading = threading.Lock()  # a text that is embedded has a cache to itself: one only
         self._slots = slots
         self.net = net
         self.tokenizer = tokenizer
         self.defaults = defaults
+        self.script = script
 
     # ── text in, text out ─────────────────────────────────────────────────────────────────────
 
@@ -112,14 +142,17 @@ class LoadedModel:
         prompt: str,
         options: Mapping[str, Any] | None = None,
         *,
+        format: object = None,
         on_stage: Watch | None = None,
     ) -> Iterator[str]:
         """What the model writes after a raw prompt, piece by piece; closing it is cancelling.
 
+        format: "json" for an object, or a JSON schema: see `grammar`.
         on_stage: see `Sampler`; it is called in the engine's thread.
-        Raises: BadOption.
+        Raises: BadOption, BadRequest.
         """
-        with closing(self._ask(prompt, options, Extras(on_stage=on_stage))) as chunks:
+        extras = Extras(grammar=self.grammar(format), on_stage=on_stage)
+        with closing(self._ask(prompt, options, extras)) as chunks:
             yield from (chunk.text for chunk in chunks if chunk.text)
 
     def generate(
@@ -127,27 +160,96 @@ class LoadedModel:
         prompt: str,
         options: Mapping[str, Any] | None = None,
         *,
+        format: object = None,
         logprobs: int | None = None,
         on_stage: Watch | None = None,
     ) -> Answer:
         """The whole answer to a raw prompt: `text, record = llm.generate(…)`.
 
         logprobs: note in `record.logprobs` how likely each token was, and the best so many.
+        The rest is as in `stream`.
         """
-        chunks = list(self._ask(prompt, options, Extras(logprobs=logprobs, on_stage=on_stage)))
+        if logprobs is not None and logprobs < 0:
+            raise BadRequest(f"logprobs must be a number of alternatives, not {logprobs}")
+        extras = Extras(grammar=self.grammar(format), logprobs=logprobs, on_stage=on_stage)
+        chunks = list(self._ask(prompt, options, extras))
         noted = tuple(one for chunk in chunks for one in chunk.logprobs)
         return Answer("".join(chunk.text for chunk in chunks), replace(chunks[-1], logprobs=noted))
 
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | str | None = None,
+        format: object = None,
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | str | None = None,
+        format: object = None,
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | str | None = None,
+        format: object = None,
+    ) -> Answer | Iterator[str]:
+        """The answer to a conversation, through the model's template; `stream` gives its pieces.
+
+        Messages: `Message`, or {"role": "user", "content": "hi"}. `record.thinking` and
+        `record.tool_calls` are what else is in the answer.
+        Raises: BadRequest, BadOption, TemplateError.
+        """
+        ask = Chat("", tuple(map(_message, messages)), tuple(tools), think=think, format=format)
+        chunks = self._converse(ask, self.defaults.updated(options or {}))
+        if stream:
+            return (chunk.text for chunk in chunks if chunk.text)
+        whole = gathered(chunks)
+        return Answer(whole.text, whole)
+
+    def _converse(self, ask: Chat, options: Options) -> Chunks:
+        if not ask.messages:
+            raise BadRequest("a conversation needs a message")
+        check_messages(ask.messages)
+        check_think(ask.think)
+        prompt = chat_prompt(self.script, ask, self.reader(options))
+        extras = Extras(grammar=self.grammar(ask.format))
+        with closing(converse(self, prompt, options, extras)) as chunks:
+            yield from chunks
+
+    def reader(self, options: Options, context: Sequence[int] = ()) -> Reader:
+        """What `dialogue` needs to know of this model, after the tokens of `context`."""
+        tokens = partial(self.tokens, context=context, options=options)
+        room = limits.context(options, self.net.n_ctx)
+        return Reader(self.tokenizer, tokens, room, continues=bool(context))
+
     def _ask(self, prompt: str, options: Mapping[str, Any] | None, extras: Extras) -> Chunks:
         chosen = self.defaults.updated(options or {})
-        return self.answer(self.tokens(prompt, options=chosen), chosen, extras)
+        return self.answer(self.tokens(valid(prompt), options=chosen), chosen, extras)
 
     # ── ids in, numbers out: the plain path, without sampling ─────────────────────────────────
 
     def logits(self, tokens: Sequence[int], start: int = 0, stop: int | None = None) -> Tensor:
         """Logits after each of the tokens from `start` to `stop`.  → (stop − start, V) float32
 
-        All tokens are read, but only these are turned into logits, which are V wide.
+        All tokens are read, but only these are turned into logits, which are V wide. This, `hidden`
+        and `score` compute under the model's `defaults`, as far as those change the model.
         Raises: BadRequest for ids that the vocabulary does not have; PromptTooLong.
         """
         return self._logits(self.hidden(tokens)[start:stop])
@@ -164,16 +266,9 @@ class LoadedModel:
         limits.check(len(ids), self.net.n_ctx)
         if layer is not None and not 0 <= layer <= layers:
             raise BadRequest(f"layer {layer} does not exist: there are 0 … {layers}")
-        cache, device = self.net.new_cache(), self.net.device
-        found = [torch.zeros(0, self.net.config.d_model)]
-        for at in range(0, len(ids), AT_ONCE):
-            part = torch.tensor([ids[at : at + AT_ONCE]], device=device)
-            end = at + part.shape[1]
-            places = torch.arange(at, end, device=device)[None]
-            stream = self.net.residual(part, places, cache.rows([0], end))
-            x = next(islice(stream, layers if layer is None else layer, None))
-            found.append((self.net.output_norm(x) if layer is None else x)[0].cpu())
-        return torch.cat(found)
+        nothing = torch.zeros(0, self.net.config.d_model)
+        net = CacheKind.of(self.defaults, self.net).turned(self.net)
+        return torch.cat([nothing, *_states(net, ids, layer)])
 
     def score(self, text: str | Sequence[int]) -> Tensor:
         """How likely the model thinks a given text, token by token.  → (T − 1,) float32
@@ -196,7 +291,62 @@ class LoadedModel:
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
         """(T, d_model) → (T, V), on the CPU."""
-        return self.net.output(hidden.to(self.net.device)).cpu()
+        return self.net.output(hidden.to(self.net.output.weight.device)).cpu()
+
+    # ── text in, one vector out ───────────────────────────────────────────────────────────────
+
+    def embed(self, text: str | Sequence[str], options: Mapping[str, Any] | None = None) -> Tensor:
+        """What the model makes of a text as a whole: (d_model,) float32; of N texts (N, d_model).
+
+        Its last token's vector, `hidden(…)[-1]`, unless the file asks for another `pooling`. It is
+        not of length 1; a text that is too long for `num_ctx` is cut at its end.
+        Raises: BadRequest, BadOption.
+        """
+        chosen = self.defaults.updated(options or {})
+        if isinstance(text, str):
+            return self.vector(self.fitting(text, chosen), chosen)
+        rows = [self.vector(self.fitting(one, chosen), chosen) for one in text]
+        return torch.stack(rows) if rows else torch.zeros(0, self.net.config.d_model)
+
+    def fitting(self, text: str, options: Options, *, truncate: bool = True) -> list[int]:
+        """The ids of a text to embed, BOS and EOS included, cut at its end to fit `num_ctx`.
+
+        Raises: BadRequest if nothing of it fits, or not all of it and it may not be cut.
+        """
+        n_ctx = min(options.num_ctx, self.net.n_ctx)
+        most = MOST_CONTEXTS * max(n_ctx, 1) * self.tokenizer.longest  # what lies behind is cut
+        ids = self.tokenizer.encode(text[:most], special=True)
+        room = n_ctx - len(self.tokenizer.around([]))
+        if len(ids) > room and not truncate:
+            raise BadRequest(
+                "the input length exceeds the context length: at least "
+                f"{len(ids)} tokens, where there is room for {max(room, 0)}"
+            )
+        if len(ids) > room and room <= 0:
+            raise BadRequest("input after truncation exceeds maximum context length")
+        return self.tokenizer.around(ids[:room])
+
+    def vector(
+        self, tokens: Sequence[int], options: Options, gone: Callable[[], bool] = never
+    ) -> Tensor:
+        """The ids of a text → the vector that stands for it, (d_model,); one text after another.
+
+        gone: asked now and then.  Raises: BadRequest, Abandoned, Stopping once the model is closed.
+        """
+        self._check_gqa(options)
+        ids = self._checked(tokens)
+        limits.check(len(ids), self.net.n_ctx)
+        if not ids:
+            raise BadRequest("the text is empty, and this model has no token to begin with")
+        found = []
+        with self._reading:
+            for part in _states(CacheKind.of(options, self.net).turned(self.net), ids):
+                if self._engines.closed:
+                    raise Stopping("the model has been unloaded")
+                if gone():
+                    raise Abandoned("whoever asked has gone")
+                found.append(part)
+        return pool(torch.cat(found), self.net.config.pooling)
 
     # ── ids in, ids out ───────────────────────────────────────────────────────────────────────
 
@@ -216,16 +366,34 @@ class LoadedModel:
             return self.tokenizer.encode(prompt, bos=True, special=True)
         return self._checked(context) + self.tokenizer.encode(prompt, special=True, continues=True)
 
+    def grammar(self, format: object) -> Grammar | None:
+        """From the `format` of a request to what the engine takes: `Extras(grammar=…)`.
+
+        "json" asks for an object, a mapping is a JSON schema, None and "" ask for nothing.
+        The whole answer is such a value then, or its `done_reason` is "length".
+        Raises: BadRequest for anything else, and if the schema cannot be enforced.
+        """
+        asked = source(format)
+        return None if asked is None else JsonGrammar(self._spellings, asked)
+
+    @cached_property
+    def _spellings(self) -> Spellings:
+        words = self.tokenizer
+        pieces = [words.piece(id) for id in range(words.vocab_size)]
+        return Spellings(pieces, partial(words.encode, continues=True), self._marks().eos)
+
     def answer(self, tokens: Sequence[int], options: Options, extras: Extras = NO_EXTRAS) -> Chunks:
         """Ids of a prompt → pieces of text that are safe to show, then one final record.
 
         Its context is the prompt's ids, as the model saw them, and those of the text that was
-        shown: what a stop string cut off is not in it.
+        shown: what a stop string cut off is not in it. If the answer must have a form, one that a
+        stop string cut is not whole: its reason is "length".
         Raises: BadOption, PromptTooLong, and all that `Engine.stream` raises.
         """
         start = time.perf_counter_ns()
         with self.start(tokens, options, extras) as ids:
-            telling = _Telling(self.tokenizer, ids.sequence, options.stop)
+            formed = extras.grammar is not None
+            telling = Telling(self.tokenizer, ids.sequence, options.stop, formed=formed)
             for token in ids:
                 if chunk := telling.push(token):
                     yield chunk
@@ -236,8 +404,8 @@ class LoadedModel:
         drawn, cut = len(telling.drawn), telling.stops.hit
         yield Chunk(
             done=True,
-            done_reason="stop" if cut else ids.sequence.done_reason,
-            stats=_stats(ids.sequence, start, drawn),
+            done_reason=telling.done_reason(),
+            stats=stats(ids.sequence, start, drawn),
             context=telling.context(),
             logprobs=telling.noted(drawn if cut else drawn + 1),  # the end token has one, too
         )
@@ -245,35 +413,37 @@ class LoadedModel:
     def start(self, tokens: Sequence[int], options: Options, extras: Extras = NO_EXTRAS) -> Stream:
         """Ids of a prompt → ids of an answer, through the engine.  Closing it is cancelling.
 
-        Raises: BadOption, Stopping once the model is closed, and all that `Engine.stream` raises.
+        Raises: BadRequest, BadOption, Stopping once the model is closed, and all that
+        `Engine.stream` raises.
         """
         self._check_gqa(options)
-        with self._lock:
-            return self._engine(Memory.of(options, self.net.config)).stream(tokens, options, extras)
+        kind = (CacheKind.of(options, self.net), *self.net.children())  # a swapped part is another
+        return self._engines.stream(kind, self._checked(tokens), options, extras)
 
     def forget(self) -> None:
-        """Let no later prompt find its beginning in the cache.
+        """Let no later prompt find its beginning in the cache, nor what is being read now.
 
         The model notices hooks, other modules and weights that torch writes into by itself. Call
-        this after changing it in any other way.
+        this after changing it in any other way (`weight.data`, numpy, another `forward`).
         """
-        with self._lock:
-            for engine in self._engines.values():
-                engine.forget()
+        self._engines.forget()
 
     @property
     def active(self) -> int:
         """Answers that are being written, or wait."""
-        with self._lock:
-            return sum(engine.active for engine in self._engines.values())
+        return self._engines.active
+
+    def nbytes(self) -> tuple[int, int]:
+        """Of weights and caches: bytes in all, and of those the ones on a GPU."""
+        tensors = [*self.net.buffers(), *self.net.parameters(), *self._engines.memory()]
+        return (
+            sum(tensor.nbytes for tensor in tensors),
+            sum(tensor.nbytes for tensor in tensors if tensor.is_cuda),
+        )
 
     def close(self) -> None:
         """End all answers and let go of the caches. Dropping the model does the same."""
-        with self._lock:
-            self._closed = True
-            for engine in self._engines.values():
-                engine.close()
-            self._engines.clear()
+        self._engines.close()
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -284,25 +454,14 @@ class LoadedModel:
     def __del__(self) -> None:
         self.close()
 
-    def _engine(self, memory: Memory) -> Engine:
-        """The engine whose cache is of this kind; made when first needed. The lock is held."""
-        if self._closed:
-            raise Stopping("the model has been unloaded")
-        engine = self._engines.pop(memory, None) or self._new_engine(memory)
-        self._engines[memory] = engine
-        return engine
-
-    def _new_engine(self, memory: Memory) -> Engine:
-        idle = [kind for kind, engine in self._engines.items() if not engine.active]
-        for kind in idle[: max(0, len(self._engines) - MOST_ENGINES + 1)]:
-            self._engines.pop(kind).close()
-        net = self.net.with_rope(
-            memory.rope_frequency_base, memory.rope_frequency_scale, memory.n_ctx
-        )
+    def _new_engine(self, kind: tuple[object, ...]) -> Engine:
+        wanted = kind[0]
+        assert isinstance(wanted, CacheKind)
+        net = wanted.turned(self.net)
         cache = net.new_cache(
             self._slots,
-            torch.float16 if memory.f16_kv else torch.float32,
-            CPU if memory.low_vram else None,
+            torch.float16 if wanted.f16_kv else torch.float32,
+            CPU if wanted.low_vram else None,
         )
         return Engine(net, cache, self._marks())
 
@@ -335,85 +494,37 @@ class LoadedModel:
         return ids
 
 
-# ── from ids to records ───────────────────────────────────────────────────────────────────────
+@torch.no_grad()
+def _states(net: Llama, ids: Sequence[int], layer: int | None = None) -> Iterator[Tensor]:
+    """What `hidden` gives, in parts of AT_ONCE tokens, each computed when it is asked for."""
+    cache, device = net.new_cache(), net.device
+    for at in range(0, len(ids), AT_ONCE):
+        part = torch.tensor([ids[at : at + AT_ONCE]], device=device)
+        end = at + part.shape[1]
+        places = torch.arange(at, end, device=device)[None]
+        stream = net.residual(part, places, cache.rows([0], end))
+        x = next(islice(stream, len(net.blk) if layer is None else layer, None))
+        x = net.output_norm(x.to(net.output_norm.weight.device)) if layer is None else x
+        yield x[0].cpu()
 
 
-class _Telling:
-    """An answer on its way from ids to pieces of text."""
+def _maker(model: LoadedModel) -> Callable[[tuple[object, ...]], Engine]:
+    """Its `_new_engine`, without holding on to it: a model that is dropped must end."""
+    itself = weakref.ref(model)
 
-    def __init__(self, tokenizer: Tokenizer, sequence: Running, stop: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        self.sequence = sequence
-        self.stops = StopStrings(stop)
-        self.drawn: list[int] = []
-        self.shown = 0  # characters
-        self._decoder = StreamDecoder(tokenizer, after=sequence.prompt)
-        self._noted = 0  # tokens whose log-probabilities were told
+    def make(kind: tuple[object, ...]) -> Engine:
+        alive = itself()
+        assert alive is not None
+        return alive._new_engine(kind)
 
-    def push(self, token: int) -> Chunk | None:
-        """The text that is safe to show now, if there is any."""
-        self.drawn.append(token)
-        return self._chunk(self.stops.feed(self._decoder.push(token)))
-
-    def finish(self) -> Chunk | None:
-        """What was held back, once no more comes."""
-        return self._chunk(self.stops.feed(self._decoder.finish()) + self.stops.finish())
-
-    def _chunk(self, text: str) -> Chunk | None:
-        self.shown += len(text)
-        return Chunk(text, logprobs=self.noted(len(self.drawn))) if text else None
-
-    def noted(self, count: int) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of the first `count` tokens, less those that were told already.
-
-        The engine may be ahead of what has been read of it, so its list may be longer.
-        """
-        likely = self.sequence.likely[self._noted : count]
-        self._noted += len(likely)
-        return tuple(self._named(one) for one in likely)
-
-    def context(self) -> tuple[int, ...]:
-        """The ids of the prompt and of what was shown; a token that was cut is respelled."""
-        if not self.stops.hit:
-            return (*self.sequence.prompt, *self.drawn)
-        return (*self.sequence.prompt, *self._visible())
-
-    def _visible(self) -> list[int]:
-        """The ids of an answer's first `shown` characters."""
-        decoder = StreamDecoder(self.tokenizer, after=self.sequence.prompt)
-        kept: list[int] = []
-        text = ""
-        for token in self.drawn:
-            longer = text + decoder.push(token)
-            if len(longer) > self.shown:
-                rest = longer[len(text) : self.shown]
-                return kept + self.tokenizer.encode(rest, continues=True)
-            kept.append(token)
-            text = longer
-        return kept
-
-    def _named(self, one: Logprob) -> TokenLogprob:
-        best = tuple(self._token(id, logprob) for id, logprob in one.best)
-        return replace(self._token(one.id, one.logprob), top=best)
-
-    def _token(self, id: int, logprob: float) -> TokenLogprob:
-        spelled = self.tokenizer.spelling(id)
-        return TokenLogprob(id, spelled.decode(errors="replace"), spelled, logprob)
+    return make
 
 
-def _stats(seq: Running, start: int, drawn: int) -> Stats:
-    """Counts and durations of an answer that has just ended."""
-    now = time.perf_counter_ns()
-    read = seq.prompt_read or now
-    return Stats(
-        total_duration=now - start,
-        prompt_eval_count=len(seq.prompt) if seq.prompt_read else 0,
-        prompt_cached_count=seq.cached,
-        prompt_truncated=seq.dropped,
-        prompt_eval_duration=read - (seq.started or read),
-        eval_count=drawn,
-        eval_duration=now - read,
-    )
+def _message(given: Message | Mapping[str, Any]) -> Message:
+    try:
+        return given if isinstance(given, Message) else Message(**given)
+    except TypeError:
+        raise BadRequest("a message must have a role and content, as Message has them") from None
 
 
 # ── loading ───────────────────────────────────────────────────────────────────────────────────
@@ -429,13 +540,15 @@ def load(
     Raises: NotFound, BadName, BadOption, FormatError, UnsupportedModel.
     """
     path = Path(model).expanduser()
-    chosen = Options()
+    chosen, files = Options(), None
     if not path.is_file():
         if isinstance(model, Path) or path.suffix == ".gguf":
             raise NotFound(f"{model}: there is no such file")
         files = runnable(Store.default().resolve(Name.parse(str(model))))
         path, chosen = files.weights, chosen.updated(files.parameters)
-    return load_file(path, chosen.updated(options or {}), slots=slots)
+    llm = load_file(path, chosen.updated(options or {}), slots=slots)
+    llm.script = llm.script if files is None else scripted(llm.script, files)
+    return llm
 
 
 def load_file(path: Path, options: Options = DEFAULTS, *, slots: int = 1) -> LoadedModel:
@@ -453,7 +566,9 @@ def load_file(path: Path, options: Options = DEFAULTS, *, slots: int = 1) -> Loa
             f"but token_embd.weight has {net.n_vocab} rows; expected as many"
         )
     place(net, path, Placement.of(options))
-    return LoadedModel(net, tokenizer, defaults=options, slots=slots)
+    warn_if_not_exact()
+    script = script_from(file.metadata)
+    return LoadedModel(net, tokenizer, defaults=options, slots=slots, script=script)
 
 
 def runnable(files: ModelFiles) -> ModelFiles:

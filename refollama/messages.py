@@ -1,14 +1,38 @@
 """The records that travel between the rooms: plain data, no behaviour.
 
-`Generate` and `Create` are what a user asks; `Chunk` and `Progress` are what comes back, one after
-another. `server/wire.py` alone knows how they look as JSON.
+`Generate`, `Chat` and `Create` are what a user asks; `Chunk` and `Progress` are what comes back,
+one after another. `server/wire.py` alone knows how they look as JSON.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The model wants a tool to be run."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # in the order of the model
+    id: str = ""  # what the tool's answer refers to
+    index: int = 0  # which of the calls of one answer
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str = ""
+    images: tuple[bytes, ...] = ()  # files: PNG, JPEG, …
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_name: str = ""  # role "tool": whose answer this is
+    tool_call_id: str = ""  # role "tool": to which call
+    thinking: str = ""  # what the model thought before it said the content
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +46,88 @@ class Generate:
     context: tuple[int, ...] = ()  # token ids that earlier answers returned
     options: Mapping[str, Any] = field(default_factory=dict)  # as sent; checked by Options
     strict: bool = False  # an unknown option is an error, not a warning
+    keep_alive: float | None = None  # seconds in memory afterwards; None: the server's
     raw: bool = False  # no template: the prompt is what the model sees
+    suffix: str = ""  # what stands behind the text that is to be written
+    think: bool | str | None = None  # aloud, before it answers; None: if the model can
+    format: object = None  # "json" or a JSON schema, as sent; None or "": free text
+    debug_render_only: bool = False  # show the prompt, answer nothing
     truncate: bool = True  # a prompt that does not fit is cut; else it is an error
     shift: bool = True  # when the context is full, forget part of it and go on
     logprobs: bool = False  # note how likely each token was
     top_logprobs: int = 0  # and the likeliest ones in its place
     stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One request to go on with a conversation."""
+
+    model: str
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()  # as sent: {"type": "function", "function": {…}}
+    think: bool | str | None = None
+    format: object = None  # "json" or a JSON schema, as sent; None or "": free text
+    options: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    keep_alive: float | None = None  # seconds in memory afterwards; None: the server's
+    truncate: bool = True  # the oldest messages go if not all fit
+    shift: bool = True
+    logprobs: bool = False
+    top_logprobs: int = 0
+    debug_render_only: bool = False
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """One request to turn texts into vectors; without texts it only loads the model."""
+
+    model: str
+    input: tuple[str, ...] = ()
+    truncate: bool = True  # a text that does not fit is cut; else it is an error
+    dimensions: int = 0  # keep the first so many numbers of each vector; 0: all
+    options: Mapping[str, Any] = field(default_factory=dict)  # as sent; checked by Options
+    strict: bool = False  # an unknown option is an error, not a warning
+    keep_alive: float | None = None  # seconds in memory afterwards; None: the server's
+    normalise: bool = True  # to length 1
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A vector for each text, in their order."""
+
+    vectors: tuple[list[float], ...]
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """One request to cut a text into tokens."""
+
+    model: str
+    text: str = ""
+    special: bool = False  # control tokens that are spelled in the text are meant
+    bos: bool = False  # with BOS and EOS where the model wants them
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """One request to put tokens together again."""
+
+    model: str
+    tokens: tuple[int, ...] = ()
+    special: bool = False  # control tokens are shown as they are spelled; else they print nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token, and the bytes from `start` to `end` of the UTF-8 text that it stands for."""
+
+    id: int
+    bytes: bytes  # what it prints; of a control token, how it is spelled
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +146,8 @@ class Stats:
     """Counts and durations of one answer.  Units: tokens and nanoseconds.
 
     prompt_eval_count: of the prompt as the model saw it; prompt_cached_count: of those, how many
-    needed no work; prompt_truncated: how many were cut off before.
+    needed no work; prompt_truncated: how many were cut off before; messages_truncated: how many
+    messages of a conversation went with them.
     """
 
     total_duration: int = 0
@@ -54,9 +155,18 @@ class Stats:
     prompt_eval_count: int = 0
     prompt_cached_count: int = 0
     prompt_truncated: int = 0
+    messages_truncated: int = 0
     prompt_eval_duration: int = 0
     eval_count: int = 0
     eval_duration: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as the model would see it."""
+
+    text: str
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +179,52 @@ class Chunk:
     stats: Stats | None = None
     context: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens since the last piece
+    thinking: str = ""  # what the model thinks, apart from what it says
+    tool_calls: tuple[ToolCall, ...] = ()
+    rendered: Rendered | None = None  # instead of an answer, if only that was asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """One request to make a model out of a Modelfile."""
+    """One request to make a model: out of a Modelfile, or out of what one would say."""
 
     model: str
-    modelfile: str
+    modelfile: str = ""
     directory: str | None = None  # where relative FROM paths start
+    path: str = ""  # of a Modelfile on the server's machine
+    from_: str = ""  # a model's name
+    files: Mapping[str, str] = field(default_factory=dict)  # name → digest of a blob
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    template: str = ""
+    system: str = ""
+    licenses: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()  # the turns that begin every chat
     stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """One request to tell all about a model; what is not empty here stands in for its own."""
+
+    model: str
+    system: str = ""
+    template: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    verbose: bool = False  # with vocabularies and other long lists
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """A model that is loaded.  Units: bytes; tokens."""
+
+    name: str
+    digest: str  # hex, of its manifest; empty for a file
+    details: Mapping[str, Any]
+    expires_at: datetime  # when it goes, if nobody uses it until then; local time
+    nbytes: int  # of its weights and caches
+    nbytes_gpu: int  # of those, on a GPU
+    n_ctx: int
 
 
 @dataclass(frozen=True, slots=True)

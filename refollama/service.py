@@ -9,22 +9,58 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from refollama import keep_alive
 from refollama.create import create
+from refollama.dialogue import (
+    Prompt,
+    chat_prompt,
+    check_messages,
+    check_think,
+    converse,
+    generate_prompt,
+    scripted,
+)
 from refollama.engine.engine import MAX_QUEUE
 from refollama.engine.sequence import Extras, never
-from refollama.errors import BadRequest, NotFound, ServerBusy
+from refollama.errors import BadRequest, ModelNotFound, NotFound, RefollamaError, ServerBusy
 from refollama.loaded import Chunks, LoadedModel, runnable
-from refollama.messages import Chunk, Create, Generate, Progress
+from refollama.messages import (
+    Chat,
+    Chunk,
+    Create,
+    Detokenize,
+    Embed,
+    Embedded,
+    Generate,
+    InMemory,
+    Piece,
+    Progress,
+    Rendered,
+    Show,
+    Stats,
+    Tokenize,
+)
+from refollama.models.vectors import unit
 from refollama.options import Options
 from refollama.paths import is_path
-from refollama.shelf import LoadedModels
-from refollama.store import ModelEntry, Name, Store
-from refollama.text.prompt import render_generate
+from refollama.sampling import grammar
+from refollama.shelf import LoadedModels, Running
+from refollama.show import Shown, show
+from refollama.store import ModelEntry, ModelFiles, Name, Store
+from refollama.store.blobs import checked_digest
+from refollama.text.spans import Span
+from refollama.text.tokenizer import Tokenizer, decode_spelled
+from refollama.vocabularies import tokenizer_of
 from refollama.weights.gguf import is_gguf
 
+MOST_TEXT = 1 << 20  # characters that are tokenised in one request
+Gone = Callable[[], bool]  # is nobody there any more who asked?
+
+FOR_EVER_SHOWN = 2**63 / 1e9  # seconds, some 292 years: what Ollama shows for "for ever"
 MOST_LOGPROBS = 20  # alternatives to each token, as in Ollama
 
 
@@ -33,9 +69,9 @@ class Runnable:
     """What it takes to answer as a model: its weights, and what its Modelfile said."""
 
     weights: Path
-    template: str = ""
-    system: str = ""
+    files: ModelFiles | None = None  # what its Modelfile said; None for a file
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""  # in the store; empty for a file
 
 
 class Service:
@@ -43,6 +79,7 @@ class Service:
 
     `local_files`: may a request name a file of this machine? Only while nobody else can ask.
     `max_queue`: prompts that are answered or wait at one time; more are refused.
+    `keep_alive`: seconds that a model stays in memory, where a request does not say.
     """
 
     def __init__(
@@ -52,21 +89,26 @@ class Service:
         *,
         local_files: bool,
         max_queue: int = MAX_QUEUE,
+        keep_alive: float = keep_alive.DEFAULT,
     ) -> None:
         self.store = store
         self.loaded = loaded
         self.local_files = local_files
         self.max_queue = max_queue
+        self.keep_alive = keep_alive
         self._places = threading.BoundedSemaphore(max_queue)
 
     @classmethod
     def default(cls, *, local_files: bool) -> Service:
-        """As the environment says: OLLAMA_MODELS, _NUM_PARALLEL, _MAX_LOADED_MODELS, _MAX_QUEUE."""
+        """As the environment says: OLLAMA_MODELS, OLLAMA_KEEP_ALIVE, OLLAMA_MAX_QUEUE, …"""
         loaded = LoadedModels(
             limit=_count("OLLAMA_MAX_LOADED_MODELS", 1), slots=_count("OLLAMA_NUM_PARALLEL", 1)
         )
         queue = _count("OLLAMA_MAX_QUEUE", MAX_QUEUE)
-        return cls(Store.default(), loaded, local_files=local_files, max_queue=queue)
+        keep = keep_alive.from_environment(os.environ)
+        return cls(
+            Store.default(), loaded, local_files=local_files, max_queue=queue, keep_alive=keep
+        )
 
     def close(self) -> None:
         """Unload all models; running answers end with an error."""
@@ -82,32 +124,171 @@ class Service:
             raise BadRequest("model is required")
         return create(self.store, ask, local_files=self.local_files)
 
-    def generate(self, ask: Generate, gone: Callable[[], bool] = never) -> Chunks:
+    def show(self, ask: Show) -> Shown:
+        """All about a model.  Raises: BadRequest and its kin, NotFound, FormatError."""
+        _named(ask.model)
+        with _as_sent(ask.model):
+            return show(self.store, ask)
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name.  Raises: BadRequest, NotFound, StoreError."""
+        if not source or not destination:
+            raise BadRequest("source add destination are required")  # sic: Ollama's own words
+        names = Name.parse(source), Name.parse(destination)
+        with _as_sent(source):
+            self.store.copy(*names)
+
+    def delete(self, model: str) -> None:
+        """Remove a model, and the blobs that no other one names.  One that is loaded goes on."""
+        _named(model)
+        with _as_sent(model):
+            self.store.remove(Name.parse(model))
+
+    def ps(self) -> list[InMemory]:
+        """The models in memory; those that stay longest come first."""
+        now = datetime.now().astimezone()
+        return [self._in_memory(one, now) for one in self.loaded.running()]
+
+    def _in_memory(self, one: Running, now: datetime) -> InMemory:
+        digest, details = self._details(one.use.name)
+        return InMemory(
+            name=one.use.name,
+            digest=digest,
+            details=details,
+            expires_at=now + timedelta(seconds=min(one.left, FOR_EVER_SHOWN)),
+            nbytes=one.nbytes,
+            nbytes_gpu=one.nbytes_gpu,
+            n_ctx=one.n_ctx,
+        )
+
+    def _details(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Digest and details of a model; it may be gone from the store, or a file beside it."""
+        try:
+            stored = self.store.manifests.read(Name.parse(name))
+            return stored.digest, self.store.config(stored).details()
+        except RefollamaError:
+            return "", {}
+
+    def has_blob(self, digest: str) -> bool:
+        """Is it in the store?  Raises: BadRequest for what is no digest."""
+        return self.store.blobs.has(digest)
+
+    def add_blob(self, digest: str, chunks: Iterator[bytes]) -> bool:
+        """Store a blob; was it new?  Raises: BadRequest if its bytes have another digest."""
+        had = self.has_blob(digest)
+        self.store.blobs.add(chunks, expected=checked_digest(digest))
+        return not had
+
+    def generate(self, ask: Generate, gone: Gone = never) -> Chunks:
         """Complete a prompt; an empty one only loads the model.
 
         gone: is nobody there to hear it?  Asked now and then; Abandoned is raised if it says yes.
         Raises, before the first chunk: NotFound, BadRequest and its kin, FormatError, ServerBusy.
         """
+        return self._answer(ask, gone)
+
+    def chat(self, ask: Chat, gone: Gone = never) -> Chunks:
+        """Go on with a conversation; an empty one only loads the model.  As `generate` does."""
+        return self._answer(ask, gone)
+
+    def _answer(self, ask: Generate | Chat, gone: Gone) -> Chunks:
         start = time.perf_counter_ns()
         _check(ask)
         files = self.find(ask.model)
         options = Options().updated(files.parameters)
         options = options.updated(ask.options, strict=ask.strict)
-        with self._place(), self.loaded.lease(files.weights, options, gone) as model:
+        empty = not (ask.messages if isinstance(ask, Chat) else ask.prompt)
+        if empty and self.unloaded(ask, files):
+            yield Chunk(done=True, done_reason="unload")
+            return
+        with self.model(ask, files, options, gone) as model:
             loading = time.perf_counter_ns() - start
-            if not ask.prompt:
+            if empty:
                 yield Chunk(done=True, done_reason="load")
                 return
-            extras = Extras(
-                gone=gone,
-                truncate=ask.truncate,
-                shift=ask.shift,
-                logprobs=ask.top_logprobs if ask.logprobs else None,
-            )
-            tokens = _tokens(model, files, ask, options)
-            with closing(model.answer(tokens, options, extras)) as chunks:
+            prompt = _prompt(model, files, ask, options)
+            if ask.debug_render_only:
+                yield Chunk(done=True, rendered=Rendered(prompt.text, tuple(prompt.tokens)))
+                return
+            with closing(converse(model, prompt, options, _extras(model, ask, gone))) as chunks:
                 for chunk in chunks:
                     yield _finished(chunk, ask, start, loading) if chunk.done else chunk
+
+    def embed(self, ask: Embed, gone: Callable[[], bool] = never) -> Embedded:
+        """A vector for each text; all texts are checked before any work is put into one.
+
+        Raises: as `generate` does.
+        """
+        start = time.perf_counter_ns()
+        if not ask.model:
+            raise BadRequest("model is required")
+        files = self.find(ask.model)
+        options = Options().updated(files.parameters)
+        options = options.updated(ask.options, strict=ask.strict)
+        if not ask.input and self.unloaded(ask, files):
+            return Embedded((), Stats())
+        with self.model(ask, files, options, gone) as model:
+            loading = time.perf_counter_ns() - start
+            texts = [model.fitting(text, options, truncate=ask.truncate) for text in ask.input]
+            vectors = (model.vector(ids, options, gone) for ids in texts)
+            rows = (unit(v, ask.dimensions) if ask.normalise else v for v in vectors)
+            return Embedded(
+                tuple(row.tolist() for row in rows),
+                Stats(
+                    total_duration=time.perf_counter_ns() - start,
+                    load_duration=loading,
+                    prompt_eval_count=sum(map(len, texts)),
+                ),
+            )
+
+    def tokenize(self, ask: Tokenize) -> list[Piece]:
+        """The tokens of a text, and where they stand in it. The weights are not loaded."""
+        words = self._tokenizer(ask.model)
+        if len(ask.text) > MOST_TEXT:
+            raise BadRequest(f"the text has {len(ask.text)} characters; at most {MOST_TEXT} fit")
+        found = words.spans(ask.text, special=ask.special)
+        if ask.bos:
+            found = _with_ends(words, found)
+        return [Piece(one.id, words.spelling(one.id), one.start, one.end) for one in found]
+
+    def detokenize(self, ask: Detokenize) -> str:
+        """The text of some tokens. The weights are not loaded.  Raises: BadRequest for strange ids.
+
+        Half a character becomes U+FFFD.
+        """
+        words = self._tokenizer(ask.model)
+        if not ask.special:
+            return words.decode(ask.tokens)
+        return decode_spelled(words, ask.tokens)
+
+    def _tokenizer(self, model: str) -> Tokenizer:
+        if not model:
+            raise BadRequest("model is required")
+        return tokenizer_of(self.find(model).weights)
+
+    @contextmanager
+    def model(
+        self, ask: Generate | Chat | Embed, files: Runnable, options: Options, gone: Gone
+    ) -> Iterator[LoadedModel]:
+        """A place in the queue and the model, which then stays for the request's `keep_alive`.
+
+        Raises: ServerBusy, and all that `LoadedModels.lease` raises.
+        """
+        keep = self.keep_alive if ask.keep_alive is None else ask.keep_alive
+        name = files.name or ask.model
+        lease = self.loaded.lease(files.weights, options, gone, keep=keep, name=name)
+        with self._place(), lease as model:
+            yield model
+
+    def unloaded(self, ask: Generate | Chat | Embed, files: Runnable) -> bool:
+        """Was this an empty request with `keep_alive` 0?  Then the model goes, and none is loaded.
+
+        Whoever calls has seen that it is empty.
+        """
+        if ask.keep_alive != 0:
+            return False
+        self.loaded.unload(files.weights)
+        return True
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -125,8 +306,9 @@ class Service:
         """
         if is_path(model):
             return self._find_file(model)
-        files = runnable(self.store.resolve(Name.parse(model)))
-        return Runnable(files.weights, files.template or "", files.system or "", files.parameters)
+        with _as_sent(model):
+            files = runnable(self.store.resolve(Name.parse(model)))
+        return Runnable(files.weights, files, files.parameters, name=str(files.name))
 
     def _find_file(self, model: str) -> Runnable:
         if not self.local_files:
@@ -137,38 +319,75 @@ class Service:
         return Runnable(Path(path))
 
 
-def _check(ask: Generate) -> None:
-    if not ask.model:
+def _named(model: str) -> None:
+    if not model:
         raise BadRequest("model is required")
+
+
+@contextmanager
+def _as_sent(model: str) -> Iterator[None]:
+    """A model that is not found is named as the user named it."""
+    try:
+        yield
+    except ModelNotFound:
+        raise ModelNotFound(model) from None
+
+
+def _check(ask: Generate | Chat) -> None:
+    """What is wrong with a request whatever model it is for."""
+    _named(ask.model)
     if not 0 <= ask.top_logprobs <= MOST_LOGPROBS:
         raise BadRequest(f"top_logprobs must be between 0 and {MOST_LOGPROBS}")
-    if ask.raw and (ask.template or ask.system or ask.context):
+    check_think(ask.think)
+    grammar.source(ask.format)  # said before a model is loaded for it
+    if isinstance(ask, Chat):
+        check_messages(ask.messages)
+    elif ask.raw:
+        _check_raw(ask)
+
+
+def _check_raw(ask: Generate) -> None:
+    if ask.template or ask.system or ask.context:
         raise BadRequest("raw mode does not support template, system, or context")
+    if ask.suffix:
+        raise BadRequest("raw mode does not support suffix")
 
 
-def _tokens(model: LoadedModel, files: Runnable, ask: Generate, options: Options) -> list[int]:
-    """The prompt as the model will see it."""
-    if ask.raw:
-        return model.tokens(ask.prompt, options=options)
-    text = render_generate(
-        ask.template or files.template,
-        system=ask.system or files.system,
-        prompt=ask.prompt,
-        first=not ask.context,
-        guard=model.tokenizer.guard,
+def _prompt(model: LoadedModel, files: Runnable, ask: Generate | Chat, options: Options) -> Prompt:
+    """The prompt as the model will see it, and what to look for in the answer."""
+    script = scripted(model.script, files.files) if files.files else model.script
+    if isinstance(ask, Chat):
+        return chat_prompt(script, ask, model.reader(options))
+    return generate_prompt(script, ask, model.reader(options, ask.context))
+
+
+def _extras(model: LoadedModel, ask: Generate | Chat, gone: Gone) -> Extras:
+    return Extras(
+        gone=gone,
+        truncate=ask.truncate,
+        shift=ask.shift,
+        logprobs=ask.top_logprobs if ask.logprobs else None,
+        grammar=model.grammar(ask.format),
     )
-    return model.tokens(text, ask.context, options=options)
 
 
-def _finished(chunk: Chunk, ask: Generate, start: int, loading: int) -> Chunk:
-    """The last record: times count from the request on; raw mode has no context."""
+def _finished(chunk: Chunk, ask: Generate | Chat, start: int, loading: int) -> Chunk:
+    """The last record: times count from the request on; chats and raw mode have no context."""
     assert chunk.stats is not None
     total = time.perf_counter_ns() - start
     return dataclasses.replace(
         chunk,
         stats=dataclasses.replace(chunk.stats, total_duration=total, load_duration=loading),
-        context=() if ask.raw else chunk.context,
+        context=() if isinstance(ask, Chat) or ask.raw else chunk.context,
     )
+
+
+def _with_ends(words: Tokenizer, text: list[Span]) -> list[Span]:
+    """BOS and EOS stand for nothing in the text: they have no width."""
+    middle, end = -1, text[-1].end if text else 0
+    around = words.around([middle])
+    before, behind = around[: around.index(middle)], around[around.index(middle) + 1 :]
+    return [*(Span(id, 0, 0) for id in before), *text, *(Span(id, end, end) for id in behind)]
 
 
 def _count(variable: str, default: int) -> int:

@@ -39,11 +39,11 @@ def test_defaults_ranges_and_reasons_are_those_of_the_code(name):
 
 
 def test_when_an_option_counts_is_said_truly():
-    from refollama.loaded import Memory
+    from refollama.loaded import CacheKind
     from refollama.models.memory import Placement
 
     for name, cells in rows("options.md").items():
         if FIELDS[name].metadata["idle"]:
             continue
-        places = {"loaded": Placement._fields, "cache": Memory._fields}
+        places = {"loaded": Placement._fields, "cache": CacheKind._fields}
         assert cells[2] == next((k for k, v in places.items() if name in v), "answer")

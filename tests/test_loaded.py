@@ -1,7 +1,11 @@
 """A loaded model as a notebook sees it."""
 
 import contextlib
+import copy
+import subprocess
+import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from refollama.errors import (
     FormatError,
     ModelNotFound,
     NotFound,
+    ServerBusy,
+    Stopping,
 )
 from refollama.loaded import load_file
 from refollama.options import Options
@@ -185,10 +191,10 @@ def test_f16_kv_decides_what_the_cache_holds(llm, f16_kv):
     """The option is the only way in: two requests, two caches beside the same weights."""
     llm.generate("the", options=GREEDY | {"f16_kv": not f16_kv})
     llm.generate("the", options=GREEDY | {"f16_kv": f16_kv})
-    *_, engine = llm._engines.values()
-    kinds = {tensor.dtype for tensor in (*engine._cache.keys, *engine._cache.values)}
+    _, engine = llm._engines.engines
+    kinds = {tensor.dtype for tensor in engine.memory()}
     assert kinds == {torch.float16 if f16_kv else torch.float32}
-    assert engine.net is llm.net and len(llm._engines) == 2
+    assert engine.net is llm.net
 
 
 def test_a_num_gqa_that_the_file_contradicts_is_refused(llm):
@@ -202,4 +208,137 @@ def test_a_num_gqa_that_the_file_contradicts_is_refused(llm):
 def test_idle_engines_make_room_for_other_kinds_of_memory(llm):
     for base in range(2000, 2010):
         llm.generate("the", options=GREEDY | {"rope_frequency_base": base, "num_predict": 1})
-    assert len(llm._engines) == 2
+    assert len(llm._engines.engines) == 4
+
+
+def test_more_kinds_of_memory_than_are_allowed_are_refused_while_all_are_busy(llm):
+    """Each has a thread and a cache, so a client cannot have as many as it has numbers."""
+    options = [GREEDY | {"rope_frequency_base": base, "num_predict": -1} for base in range(2, 7)]
+    busy = [llm.stream("the", options=each) for each in options[:4]]
+    for stream in busy:
+        next(stream)
+    with pytest.raises(ServerBusy, match="4 other choices of f16_kv, low_vram and rope"):
+        next(llm.stream("the", options=options[4]))
+    same = GREEDY | {"rope_frequency_base": 2.0}
+    busy[0].close()
+    assert llm.generate("the", options=same).text  # its engine is there already
+    for stream in busy:
+        stream.close()
+
+
+def test_what_the_file_says_anyway_is_no_other_kind(llm):
+    llm.generate("the", options=GREEDY)
+    llm.generate("the", options=GREEDY | {"rope_frequency_base": 10000, "low_vram": True})
+    llm.generate("the", options=GREEDY | {"rope_frequency_scale": 1})
+    if not torch.cuda.is_available():
+        assert len(llm._engines.engines) == 1
+
+
+def test_a_part_that_was_swapped_counts_for_every_rotation(llm):
+    options = GREEDY | {"rope_frequency_base": 500.0, "temperature": 1.5, "seed": 3}
+    before = llm.generate("the", options=options).text
+    llm.net.output = copy.deepcopy(llm.net.output)
+    assert llm.generate("the", options=options).text == before
+    with torch.no_grad():
+        llm.net.output.weight.copy_(llm.net.output.weight.flip(0))
+    assert llm.generate("the", options=options).text != before
+
+
+def test_longrope_chooses_by_the_context_in_use(tmp_path):
+    """Trained on 16 first: longer contexts turn by the long divisors, in answers and in scores."""
+    keys = {"scaling.type": "longrope", "scaling.original_context_length": 16}
+    path = write_model(
+        tmp_path / "m.gguf",
+        seed=2,
+        keys={f"llama.rope.{key}": value for key, value in keys.items()},
+        extra={"rope_factors_short.weight": (8,), "rope_factors_long.weight": (8,)},
+    )
+    seen = {}
+    for n_ctx in (16, 17, 64):
+        options = GREEDY | {"num_ctx": n_ctx, "num_predict": 1}
+        with refollama.load(path, options) as llm:
+            likely = llm.generate("the rest", logprobs=0).record.logprobs[0]
+            ids = [*llm.tokens("the rest"), likely.id]
+            assert float(llm.score(ids)[-1]) == pytest.approx(likely.logprob, abs=2e-3)
+            seen[n_ctx] = likely.logprob
+    assert seen[16] != seen[17] == seen[64]
+
+
+def test_scores_are_those_of_the_model_that_answers(tiny):
+    with refollama.load(tiny) as plain, refollama.load(tiny, {"rope_frequency_base": 9.0}) as other:
+        likely = other.generate("the rest", options=GREEDY, logprobs=0).record.logprobs[0]
+        ids = [*other.tokens("the rest"), likely.id]
+        assert float(other.score(ids)[-1]) == pytest.approx(likely.logprob, abs=2e-3)
+        assert abs(float(plain.score(ids)[-1]) - likely.logprob) > 0.01
+
+
+def test_bos_ends_an_answer(llm):
+    """Where it is drawn, another text would begin."""
+
+    def wants_bos(module, args, out):
+        out = torch.full_like(out, -100.0)
+        out[..., 1] = 1.0
+        return out
+
+    llm.net.output.register_forward_hook(wants_bos)
+    text, record = llm.generate("the", options=GREEDY)
+    assert (text, record.done_reason, record.stats.eval_count) == ("", "stop", 0)
+
+
+def test_a_newline_is_spared_where_the_option_says_so(llm):
+    """The whole way: the file's line feed, the engine, the sampler."""
+    newline = llm.tokenizer.newline_id
+
+    def likes_newlines(module, args, out):
+        out = torch.zeros_like(out)
+        out[..., newline], out[..., 290] = 5.0, 4.0
+        return out
+
+    llm.net.output.register_forward_hook(likes_newlines)
+    options = {"temperature": 0, "repeat_penalty": 2.0, "num_predict": 4}
+    assert llm.generate("a", options=options | {"penalize_newline": False}).text == "\n" * 4
+    assert llm.generate("a", options=options).text != "\n" * 4
+
+
+def test_a_callback_may_ask_the_model_while_it_is_closed(tiny):
+    """Closing waits for the step, and the step for the callback: no lock may be held meanwhile."""
+    llm, inside = refollama.load(tiny), threading.Event()
+
+    def watch(stage, candidates):
+        inside.set()
+        time.sleep(0.05)
+        llm.active  # noqa: B018
+
+    stream = llm.stream("the", options=GREEDY | {"num_predict": -1}, on_stage=watch)
+
+    def read():
+        with contextlib.suppress(Stopping):
+            next(stream)
+
+    threading.Thread(target=read, daemon=True).start()
+    assert inside.wait(5)
+    closing = threading.Thread(target=llm.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
+def test_a_negative_number_of_logprobs_is_refused(llm):
+    with pytest.raises(BadRequest, match="logprobs"):
+        llm.generate("the", logprobs=-1)
+
+
+def test_ids_are_checked_before_they_reach_the_engine(llm):
+    with pytest.raises(BadRequest, match="vocabulary"):
+        llm.start([-1], Options())
+
+
+def test_a_program_that_ends_in_the_middle_of_an_answer_ends_well(tiny):
+    code = (
+        "import refollama, sys\n"
+        f"llm = refollama.load({str(tiny)!r})\n"
+        "s = llm.stream('the', {'num_predict': -1, 'temperature': 0, 'repeat_penalty': 1})\n"
+        "next(s)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")

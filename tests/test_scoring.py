@@ -136,5 +136,6 @@ def test_the_stages_of_every_token_can_be_watched(llm):
     text, record = llm.generate("the", options=GREEDY, on_stage=lambda *args: seen.append(args))
     draws = [candidates.ids.tolist() for name, candidates in seen if name == "draw"]
     assert [id for (id,) in draws] == list(record.context[-record.stats.eval_count :])
-    again = list(llm.stream("the", options=GREEDY, on_stage=lambda *args: None))
-    assert "".join(again) == text
+    streamed: list[tuple[str, object]] = []
+    again = list(llm.stream("the", options=GREEDY, on_stage=lambda *args: streamed.append(args)))
+    assert "".join(again) == text and [name for name, _ in streamed] == [name for name, _ in seen]
