@@ -203,6 +203,7 @@ class Service:
             return
         with self.model(ask, files, options, gone) as model:
             loading = time.perf_counter_ns() - start
+            _check_completes(model, ask)
             if empty:
                 yield Chunk(done=True, done_reason="load")
                 return
@@ -331,6 +332,12 @@ def _as_sent(model: str) -> Iterator[None]:
         yield
     except ModelNotFound:
         raise ModelNotFound(model) from None
+
+
+def _check_completes(model: LoadedModel, ask: Generate | Chat) -> None:
+    if model.net.config.embeds_only:
+        asked = "chat" if isinstance(ask, Chat) else "generate"
+        raise BadRequest(f'"{ask.model}" does not support {asked}')
 
 
 def _check(ask: Generate | Chat) -> None:

@@ -114,6 +114,7 @@ class ModelConfig:
     n_experts: int = 0  # E; 0: no mixture
     n_experts_used: int = 0  # of E, for each token
     pooling: str = "last"  # "mean", "cls" (the first token) or "last"
+    embeds_only: bool = False  # made for embeddings: it was never taught to go on with a text
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ModelConfig:
@@ -140,6 +141,7 @@ class ModelConfig:
             n_experts=keys.size("expert_count", default=0, least=0, most=MOST_EXPERTS),
             n_experts_used=keys.size("expert_used_count", default=0, least=0, most=MOST_EXPERTS),
             pooling=_pooling(keys),
+            embeds_only="llama.pooling_type" in metadata,
         )
         config._check()
         return config

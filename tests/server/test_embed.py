@@ -9,6 +9,7 @@ import torch
 
 import refollama
 from tests.server.process import running
+from tests.tiny import write_model
 
 LONG = "why is the sky blue " * 60  # 300 words
 
@@ -211,3 +212,15 @@ def test_bodies_are_read_as_leniently_as_all_others(http):
     raw = b'{"MODEL": "tiny", "Input": ["the"], "truncate": null, "what": 1} and more'
     response = http.post("/api/embed", content=raw, headers={"Content-Type": "x/y"})
     assert len(json.loads(response.content)["embeddings"]) == 1
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_model_made_for_embeddings_does_nothing_else(http, tmp_path, ready):
+    """One whose file says how its vectors are pooled; loading it for an answer is refused too."""
+    path = str(write_model(tmp_path / "bert.gguf", keys={"llama.pooling_type": 1}))
+    answer = post(http, "/api/embed", model=path, input="a text")
+    assert length(answer["embeddings"][0]) == pytest.approx(1)
+    said = {"prompt": "hi" * ready, "messages": [{"role": "user", "content": "hi"}] * ready}
+    for name in ("generate", "chat"):
+        answer = post(http, f"/api/{name}", 400, model=path, **said)
+        assert answer == {"error": f'"{path}" does not support {name}'}
