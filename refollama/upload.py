@@ -7,34 +7,39 @@ the Modelfile that it gets says `@sha256:…` where the path stood. What it has 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refollama import terminal
+from refollama.store import modelfile as modelfiles
 
 if TYPE_CHECKING:
     from refollama.client import Client
 
 CHUNK = 1 << 20  # bytes that are read at once
 
-_FILE_LINE = re.compile(
-    r"^([ \t]*(?:FROM|ADAPTER)[ \t]+)(\S.*?)([ \t\r]*)$", re.IGNORECASE | re.MULTILINE
-)
+_FILE_LINE = re.compile(r"([ \t]*(?:FROM|ADAPTER)[ \t]+)(\S.*?)(\s*)", re.IGNORECASE)
 
 
 def with_blobs(client: Client, modelfile: str, directory: Path) -> str:
     """The same Modelfile with digests in place of files, which the server has by then.
 
-    Names of models stay as they are, and so do paths that lead to no file here.
+    Names of models stay as they are, and so do paths that lead to no file here. What looks like
+    such a line inside of a text is text: no file leaves this machine by accident.
+    Raises: ModelfileError, OSError, and all that the client raises.
     """
-
-    def sent(line: re.Match[str]) -> str:
-        path = directory / Path(line[2].strip('"')).expanduser()
-        return f"{line[1]}@{send(client, path)}{line[3]}" if path.is_file() else line[0]
-
-    return _FILE_LINE.sub(sent, modelfile)
+    lines = modelfile.removeprefix("\ufeff").split("\n")
+    for command in modelfiles.parse(modelfile).commands:
+        if command.name not in ("from", "adapter"):
+            continue
+        path = directory / os.path.expanduser(command.args[0].strip())
+        line = _FILE_LINE.fullmatch(lines[command.line - 1])
+        if line and path.is_file():
+            lines[command.line - 1] = f"{line[1]}@{send(client, path)}{line[3]}"
+    return "\n".join(lines)
 
 
 def send(client: Client, path: Path) -> str:

@@ -117,7 +117,10 @@ def _check(schema: Mapping[str, Any]) -> None:
             _check_object(part)
     _check_multiples(schema)
     if names := sorted(_unknown(schema)):
-        log.warning("format: no keywords of JSON Schema, so ignored: %s", ", ".join(names[:SHOWN]))
+        log.warning(
+            "format: no keywords of JSON Schema, so ignored: %s",
+            ", ".join(ascii(name[:40]) for name in names[:SHOWN]),
+        )
 
 
 def _check_object(part: Mapping[str, Any]) -> None:

@@ -284,7 +284,7 @@ def test_keywords_that_nobody_knows_are_ignored_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         assert source(schema) == source(schema)
     (record,) = caplog.records
-    assert record.getMessage().endswith("ignored: kolor, minLenght, zz")
+    assert record.getMessage().endswith("ignored: 'kolor', 'minLenght', 'zz'")
 
 
 def test_a_schema_cannot_say_how_it_is_read():
@@ -460,3 +460,12 @@ def test_without_a_grammar_nothing_is_ever_complete():
     sampler = Sampler(Options(seed=1))
     sampler(torch.zeros(5))
     assert not sampler.complete and "grammar" not in dict(sampler.stages())
+
+
+def test_a_keyword_cannot_forge_a_line_of_the_log(caplog):
+    """What a client sends is shown on one line, short, and as ASCII."""
+    with caplog.at_level(logging.WARNING):
+        source({"type": "object", "zzz\n2026-01-01 INFO request \u202e" + "x" * 500: 1})
+    (record,) = [r for r in caplog.records if "no keywords" in r.getMessage()]
+    assert record.getMessage().isascii() and "\n" not in record.getMessage()
+    assert len(record.getMessage()) < 200
