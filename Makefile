@@ -23,7 +23,7 @@ serve: $(VENV)/.run  ## answer HTTP requests at OLLAMA_HOST (default 127.0.0.1:1
 test: $(VENV)/.test  ## the tests that a commit must pass; a few minutes
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test  ## the long tests: real processes, thousands of damaged files
+test-slow: $(VENV)/.clients  ## the long tests: real processes, other clients, thousands of damaged files
 	$(BIN)/python -m pytest -m slow
 
 fidelity: $(VENV)/.test  ## measure every deviation again, and write docs/fidelity.md
@@ -56,10 +56,11 @@ clean:  ## remove .venv and everything that was built
 # One stamp for each set of packages, so that `make run` waits only for what it needs.
 $(VENV)/.run:       EXTRAS :=
 $(VENV)/.test:      EXTRAS := [test]
+$(VENV)/.clients:   EXTRAS := [test,clients]
 $(VENV)/.bench:     EXTRAS := [bench]
 $(VENV)/.notebooks: EXTRAS := [notebooks]
 
-$(VENV)/.run $(VENV)/.test $(VENV)/.bench $(VENV)/.notebooks: setup.cfg constraints.txt | $(BIN)/python
+$(VENV)/.run $(VENV)/.test $(VENV)/.clients $(VENV)/.bench $(VENV)/.notebooks: setup.cfg constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (PyTorch is large: this takes a minute or more)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
 	@touch $@
