@@ -309,8 +309,8 @@ class Wrap:
     def _move(self, character: str) -> str:
         """The word, with this character behind it, at the start of the next line."""
         word, before = self._word, self._cells(self._word)
-        if before == self._column:  # it fills a whole line: it goes on in the next
-            word, before = "", 0
+        if before == self._column or before + self._cells(character) > self._limit:
+            word, before = "", 0  # no line is long enough for it: it goes on in the next
         erase = f"\x1b[{before}D\x1b[K" if before else ""
         self._word = word + character
         self._column = self._cells(self._word)

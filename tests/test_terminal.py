@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -229,6 +229,7 @@ def wrapped(pieces, limit):
 texts = st.lists(st.text("ab \u4e2d\n\t", max_size=6))
 
 
+@example([" ", "a", "a", "\u4e2d"], 3)
 @given(texts, st.integers(3, 30))
 def test_no_line_is_too_long_and_no_character_is_lost(pieces, limit):
     screen = wrapped(pieces, limit)
