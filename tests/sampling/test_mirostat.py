@@ -28,11 +28,11 @@ def test_the_mean_surprise_settles_at_tau(version, tau, monkeypatch, measured):
         learn(probability)
 
     monkeypatch.setattr(sampler.mirostat, "learn", watched)
-    for _ in range(1500):
+    for _ in range(900):
         sampler(logits)
-    mean = sum(surprises[500:]) / len(surprises[500:])
+    mean = sum(surprises[300:]) / len(surprises[300:])
     assert abs(mean - tau) < 0.03 * tau
-    measured("sampling", "mirostat_tau", "tau", abs(mean - tau) / tau, len(surprises[500:]))
+    measured("sampling", "mirostat_tau", "tau", abs(mean - tau) / tau, len(surprises[300:]))
 
 
 def test_version_2_keeps_what_surprises_by_no_more_than_mu(measured):
