@@ -13,10 +13,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from refollama.errors import BadRequest
+from refollama.errors import BadRequest, TemplateError
 from refollama.messages import Chat, Chunk, Generate, Message, ToolCall
 from refollama.store import ModelFiles
 from refollama.text.jinja import JinjaTemplate
@@ -29,6 +28,7 @@ from refollama.text.prompt import (
     knows_tools,
     render,
     shortened,
+    starts,
     template_from,
 )
 from refollama.text.thinking import Tags, Thoughts, thinking_tags
@@ -203,24 +203,39 @@ class _Writer:
 
     def prompt(self, talk: Talk, *, truncate: bool) -> Prompt:
         """As much of the conversation as the context holds; the last message in any case."""
-        choices = shortened(talk.messages) if truncate else [talk.messages]
-
-        @cache
-        def tried(choice: int) -> tuple[str, list[int]]:
-            text = self.text(replace(talk, messages=choices[choice]))
-            return text, self.reader.tokens(text)
-
-        def fits(choice: int) -> bool:
-            return len(tried(choice)[1]) <= self.reader.room
-
-        found = 0
-        if len(choices) > 1 and not fits(0):
-            found = min(bisect_left(range(len(choices)), True, key=fits), len(choices) - 1)
-        text, tokens = tried(found)
-        lost = len(tried(0)[1]) - len(tokens)
+        whole = self._read(talk)
+        found = whole
+        if truncate and len(whole.tokens) > self.reader.room:
+            found = self._shorter(talk, whole)
+        lost = len(whole.tokens) - len(found.tokens)
         tags = thinking_tags(self.template) if talk.think is not False else None
-        dropped = len(talk.messages) - len(choices[found])
-        return Prompt(unguarded(text), tokens, max(lost, 0), dropped, tags)
+        return replace(found, truncated=max(lost, 0), tags=tags)
+
+    def _read(self, talk: Talk, dropped: int = 0) -> Prompt:
+        text = self.text(talk)
+        return Prompt(unguarded(text), self.reader.tokens(text), messages_truncated=dropped)
+
+    def _shorter(self, talk: Talk, whole: Prompt) -> Prompt:
+        """The longest end of the conversation that fits, else the shortest that can be written.
+
+        A template may refuse an end, because of how it begins: that one does not fit.
+        """
+        choices = starts(talk.messages)[1:]
+        written: dict[int, Prompt] = {}
+
+        def fits(start: int) -> bool:
+            messages = shortened(talk.messages, start)
+            dropped = len(talk.messages) - len(messages)
+            try:
+                written[start] = self._read(replace(talk, messages=messages), dropped)
+            except TemplateError:
+                return False
+            return len(written[start].tokens) <= self.reader.room
+
+        found = bisect_left(choices, True, key=fits)
+        if found < len(choices):
+            return written[choices[found]]
+        return written[max(written)] if written else whole
 
     def text(self, talk: Talk) -> str:
         """A template of Jinja's spells BOS itself; where the tokenizer adds one it goes."""

@@ -155,7 +155,7 @@ JUDGES = {
         recording="samplers.json",
     ),
     "probability": Judge("frequencies of many draws against the probability; largest difference"),
-    "tau": Judge("mean surprise on 32,000 candidates after the first 500 draws; relative to tau"),
+    "tau": Judge("mean surprise on 32,000 candidates after the first 300 draws; relative to tau"),
     "definition": Judge("what the option is defined to do, looked at in cases made by hand"),
     "on a GPU": Judge("where the weights lie, looked at on a GPU"),
     "textbook loop": Judge("one sequence, one token after the other, no engine"),

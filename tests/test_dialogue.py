@@ -1,5 +1,6 @@
 """Both ends of a conversation, without a real model: words are tokens, answers are written here."""
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from refollama.dialogue import (
     told,
 )
 from refollama.engine.sequence import Extras
-from refollama.errors import BadRequest
+from refollama.errors import BadRequest, TemplateError
 from refollama.messages import Chat, Chunk, Generate, Message, Stats, TokenLogprob
 from refollama.options import Options
+from refollama.text.prompt import shortened, starts
 from refollama.text.thinking import Tags
 
 TAGS = Tags("<think>", "</think>")
@@ -67,21 +69,77 @@ def test_the_models_own_beginning_comes_first():
 
 @pytest.mark.parametrize("room", range(1, 14))
 def test_as_many_messages_as_fit(room):
-    """Judge: every shorter conversation, tried one by one."""
+    """Judge: every shorter conversation that a user begins, tried one by one."""
     texts = ["one", "two words", "three of them", "four of them here", "last"]
     script = Script(template="{{ range .Messages }}{{ .Content }} {{ end }}")
     turns = tuple(
         Message(role, text) for role, text in zip(["user", "assistant"] * 3, texts, strict=False)
     )
     prompt = chat_prompt(script, Chat("m", turns), reader(room))
-    best = next(
-        (n for n in range(len(texts)) if len(" ".join(texts[n:]).split()) <= room), len(texts) - 1
-    )
+    best = next((n for n in (0, 2, 4) if len(" ".join(texts[n:]).split()) <= room), len(texts) - 1)
     assert list[Any](prompt.tokens) == " ".join(texts[best:]).split()
     assert prompt.messages_truncated == best
     assert prompt.truncated == len(" ".join(texts[:best]).split())
     whole = chat_prompt(script, Chat("m", turns, truncate=False), reader(room))
     assert len(whole.tokens) == 11 and whole.messages_truncated == 0
+
+
+ALTERNATE = (  # as templates of Mistral's and Gemma's families demand it
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }} {% endfor %}"
+)
+TURNS = tuple(Message(("user", "assistant")[n % 2], f"{n} a b") for n in range(9))
+
+
+@pytest.mark.parametrize("room", range(1, 30))
+def test_where_roles_must_take_turns_a_shortened_conversation_begins_with_a_user(room):
+    prompt = chat_prompt(Script(jinja=ALTERNATE), Chat("m", TURNS), reader(room))
+    dropped = next((n for n in range(0, 9, 2) if 3 * (9 - n) <= room), 8)
+    assert prompt.messages_truncated == dropped
+    assert prompt.text.split()[0] == str(dropped)
+
+
+def test_an_end_that_the_template_refuses_does_not_fit():
+    """Judge: the only two ends that it takes, tried by hand."""
+    picky = "{{ messages[0].content in ok or raise_exception('no') }}{{ messages | length }}"
+    room = "{% set ok = ['0 a b', '6 a b'] %}" + picky + "{% for m in messages %} x{% endfor %}"
+    prompt = chat_prompt(Script(jinja=room), Chat("m", TURNS), reader(5))
+    assert (prompt.messages_truncated, prompt.text) == (6, "True3 x x x")
+    none = room.replace("6 a b", "-")
+    whole = chat_prompt(Script(jinja=none), Chat("m", TURNS), reader(5))
+    assert (whole.messages_truncated, len(whole.tokens)) == (0, 10)  # the engine says: too long
+
+
+def test_a_template_that_refuses_the_whole_conversation_says_so():
+    with pytest.raises(TemplateError, match="must alternate"):
+        chat_prompt(Script(jinja=ALTERNATE), Chat("m", TURNS[1:]), reader(1))
+
+
+def test_only_the_ends_that_are_tried_are_built(monkeypatch):
+    built = []
+
+    def noted(messages, start):
+        built.append(start)
+        return shortened(messages, start)
+
+    monkeypatch.setattr("refollama.dialogue.shortened", noted)
+    script = Script(template=SHOW)
+    chat_prompt(script, Chat("m", TURNS), reader())
+    assert built == []
+    chat_prompt(script, Chat("m", TURNS * 100), reader(60))
+    assert 0 < len(built) <= 10  # of 500 that there are
+
+
+def test_a_long_conversation_takes_no_room_for_each_of_its_ends():
+    """Three thousand ends of it, as tuples, would be 72 MB."""
+    turns = TURNS[:2] * 3000
+    tracemalloc.start()
+    try:
+        starting = [len(shortened(turns, at)) for at in starts(turns)]
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert (len(starting), starting[0], starting[-1]) == (3001, 6000, 1)
 
 
 def test_a_templates_own_bos_goes_where_the_tokenizer_adds_one():

@@ -3,7 +3,8 @@
     {% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}
 
 `jinja_worker.py` is that process. It is started when a model needs it, serves all templates, and is
-stopped when one takes too long or too much; the next template gets a new one.
+stopped when one takes too long or too much. The next template gets a new process; the one that
+was too slow is refused for a while.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refollama.errors import TemplateError
+from refollama.errors import ServerBusy, TemplateError
 
 LONGEST = 1 << 16  # characters; the longest that models come with have some ten thousand
 TIME_LIMIT = 5.0  # seconds for one rendering; a hundred messages take some milliseconds
+WAIT_LIMIT = 20.0  # seconds until it is one's turn
+REFUSED_FOR = 60.0  # seconds; not for ever, as the machine may have been busy, or the talk long
+MOST_REFUSED = 64  # sources that are remembered
 START_LIMIT = 60.0  # seconds until the process answers for the first time, on a busy machine
 
 Record = dict[str, Any]
@@ -29,7 +34,7 @@ Record = dict[str, Any]
 class JinjaTemplate:
     """A chat template, to be rendered any number of times.
 
-    Raises: TemplateError, with the line if it cannot be read.
+    Raises: TemplateError, with the line if it cannot be read; ServerBusy after WAIT_LIMIT.
     """
 
     def __init__(self, source: str) -> None:
@@ -42,7 +47,7 @@ class JinjaTemplate:
         """The text for these values, as `Template.render` gives it.
 
         Raises: TemplateError if they do not fit, if the template says so (`raise_exception`), or
-        if it takes more than TIME_LIMIT or too much memory.
+        if it takes more than TIME_LIMIT or too much memory; ServerBusy after WAIT_LIMIT.
         """
         return str(_WORKER.ask({"source": self.source, "values": values})["text"])
 
@@ -53,17 +58,21 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._refused: dict[str, tuple[float, str]] = {}  # source → until when, and why
 
     def ask(self, request: Record) -> Record:
-        """Its answer.  Raises: TemplateError if that is an error, or does not come."""
-        with self._lock:
-            process = self._running()
-            line = _within(TIME_LIMIT, process, request)
-            if not line:
-                self._stop()
-                raise TemplateError(
-                    f"it takes more than {TIME_LIMIT:g} seconds, or more memory than it may have"
-                )
+        """Its answer.
+
+        Raises: TemplateError if that is an error, or does not come; ServerBusy.
+        """
+        self._check(request["source"])
+        if not self._lock.acquire(timeout=WAIT_LIMIT):
+            raise ServerBusy("the server is busy: other templates take long to be filled in")
+        try:
+            self._check(request["source"])  # who waited with it may have been told meanwhile
+            line = self._told(request)
+        finally:
+            self._lock.release()
         answer: Record = json.loads(line)
         if "error" in answer:
             raise TemplateError(answer["error"], answer.get("line"))
@@ -73,6 +82,28 @@ class _Worker:
         """Stop the process; the next question starts another."""
         with self._lock:
             self._stop()
+
+    def _told(self, request: Record) -> bytes:
+        line = _within(TIME_LIMIT, self._running(), request)
+        if not line:
+            self._stop()
+            raise TemplateError(self._refuse(request["source"]))
+        return line
+
+    def _check(self, source: str) -> None:
+        """Raises: TemplateError if it has just run out of time."""
+        until, problem = self._refused.get(source, (0.0, ""))
+        if time.monotonic() < until:
+            raise TemplateError(problem)
+
+    def _refuse(self, source: str) -> str:
+        """Why; the source that was refused first makes place."""
+        problem = f"it takes more than {TIME_LIMIT:g} seconds, or more memory than it may have"
+        self._refused.pop(source, None)
+        self._refused[source] = time.monotonic() + REFUSED_FOR, problem
+        if len(self._refused) > MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        return problem
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

@@ -122,8 +122,8 @@ def _to_json(
     )
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise(message: object) -> None:
+    raise jinja2.TemplateError(str(message))  # a template may hand over anything
 
 
 def _limit() -> None:

@@ -319,19 +319,16 @@ def _jinja_thinking(think: bool | str | None) -> dict[str, Any]:
 # ── what to leave out when not all of it fits ─────────────────────────────────────────────────
 
 
-def shortened(messages: Sequence[Message]) -> Sequence[tuple[Message, ...]]:
-    """The conversation without its oldest messages, from none left out to as many as can be.
+def starts(messages: Sequence[Message]) -> list[int]:
+    """Where a conversation may begin, from nothing left out to the last message alone.
 
-    System messages and the last message stay; an answer of a tool does not come first, without
-    its call.
+    Between these two only users begin: templates may demand that they and the assistant take
+    turns, and an answer of a tool does not come without its call.
     """
-    last = len(messages) - 1
-    starts = [
-        at
-        for at, message in enumerate(messages)
-        if at in (0, last) or message.role not in ("system", "tool")
-    ]
-    return [
-        (*(m for m in messages[:start] if m.role == "system"), *messages[start:])
-        for start in starts
-    ]
+    ends = (0, len(messages) - 1)
+    return [at for at, message in enumerate(messages) if at in ends or message.role == "user"]
+
+
+def shortened(messages: Sequence[Message], start: int) -> tuple[Message, ...]:
+    """The conversation from there on; the system messages before it stay."""
+    return (*(m for m in messages[:start] if m.role == "system"), *messages[start:])

@@ -12,6 +12,7 @@ one of the tools that were offered. Without a tag, or before it, an answer may b
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import string
@@ -87,7 +88,7 @@ class ToolCalls:
     def finish(self) -> str:
         """No more text comes: what was held back; half a call is content."""
         rest, self._held = self._held, ""
-        return rest.lstrip(_BETWEEN) if self._state == self._between else rest
+        return rest
 
     # ── each state takes what it can from what is held ──
 
@@ -116,14 +117,13 @@ class ToolCalls:
 
     def _between(self) -> str:
         """Behind a call: a closing tag, another call, or content."""
-        rest = self._held.lstrip(_BETWEEN)
+        rest = self._held = self._held.lstrip(_BETWEEN)  # at once: there may be much of it
         if self._is(rest, self._closing):
             self._held = rest.removeprefix(self._closing)
         elif self._is(rest, self._tag) or rest.startswith("{"):
-            self._held = rest
             self._look(0, len(self._tag) if self._is(rest, self._tag) else 0)
         elif rest and not any(self._may_become(rest, tag) for tag in (self._tag, self._closing)):
-            self._held, self._state = rest, self._text
+            self._state = self._text
         return ""
 
     def _look(self, at: int, length: int) -> str:
@@ -197,9 +197,17 @@ class _Object:
 def _loaded(text: str) -> Any:
     """A JSON value; None if it is none."""
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_float=finite, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return None
+
+
+def finite(digits: str) -> float:
+    """A number of JSON; 1e999 would become one that JSON cannot write.  Raises: ValueError."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
 
 
 def _no_number(name: str) -> float:

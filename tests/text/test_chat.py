@@ -19,6 +19,7 @@ from refollama.text.prompt import (
     knows_tools,
     render,
     shortened,
+    starts,
     template_from,
 )
 from refollama.text.template import Template
@@ -195,12 +196,22 @@ def test_neighbours_of_one_role_become_one_message_but_tools_stay_apart():
 
 def test_the_oldest_messages_go_first_and_system_and_last_stay():
     late = Message("system", "late")
-    found = shortened((SYSTEM, U1, CALLED, TOLD, late, U2))
-    assert found[0] == (SYSTEM, U1, CALLED, TOLD, late, U2)
-    assert found[-1] == (SYSTEM, late, U2)
-    assert (SYSTEM, TOLD, late, U2) not in found  # an answer without its question
+    messages = (SYSTEM, U1, CALLED, TOLD, late, U2, A1, U1)
+    found = [shortened(messages, start) for start in starts(messages)]
+    assert found[0] == messages
+    assert found[-1] == (SYSTEM, late, U1)
+    assert (SYSTEM, TOLD, late, U2, A1, U1) not in found  # an answer without its question
     assert all(len(a) >= len(b) for a, b in pairwise(found))
-    assert shortened((U1,)) == [(U1,)]
+    assert [shortened((U1,), start) for start in starts((U1,))] == [(U1,)]
+
+
+def test_between_the_first_and_the_last_message_only_users_begin():
+    own = [role for role in ("assistant", "user", "system", "tool") for _ in range(3)] * 2
+    messages = [Message(role, str(at)) for at, role in enumerate(own)]
+    found = starts(messages)
+    assert (found[0], found[-1]) == (0, len(messages) - 1)
+    inner = [at for at in range(1, len(messages) - 1) if messages[at].role == "user"]
+    assert found[1:-1] == inner != []
 
 
 # ── the file's own template ───────────────────────────────────────────────────────────────────

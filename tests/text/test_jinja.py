@@ -10,7 +10,7 @@ from datetime import date
 
 import pytest
 
-from refollama.errors import TemplateError
+from refollama.errors import ServerBusy, TemplateError
 from refollama.text import jinja
 from refollama.text.jinja import JinjaTemplate
 
@@ -53,6 +53,10 @@ def test_it_knows_which_variables_it_mentions():
         ("a\n{% if %}", "line 2"),
         ("a\n\n{{ x | nothing }}", "line 3"),
         ("{{ raise_exception('roles must alternate') }}", "template: roles must alternate"),
+        ("{{ raise_exception(['a', 1]) }}", "template: ['a', 1]".replace("[", r"\[")),
+        ("{{ raise_exception([missing]) }}", r"template: \[Undefined\]"),
+        ("{{ raise_exception(missing) }}", "template: TemplateError"),
+        ("{{ raise_exception(namespace(a=1)) }}", "template: <Namespace"),
         ("{{ 1 + 'a' }}", "TypeError"),
         ("{{ missing.field }}", "missing"),
         ("x" * 70_000, "longer than"),
@@ -96,6 +100,77 @@ def test_a_template_that_takes_too_long_is_stopped_and_the_next_one_works(monkey
     assert time.monotonic() - begin < 10
     monkeypatch.undo()
     assert render("{{ 1 + 1 }}") == "2"
+
+
+LOOP = "{% for i in range(99999) %}"
+ENDLESS = LOOP * 3 + "{% endfor %}" * 3
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """A worker of its own that has little time; it forgets at the end."""
+    worker = jinja._Worker()
+    monkeypatch.setattr(jinja, "_WORKER", worker)
+    monkeypatch.setattr(jinja, "TIME_LIMIT", 0.5)
+    yield worker
+    worker.close()
+
+
+def refusal(source):
+    """What is said, and after how many seconds."""
+    begin = time.monotonic()
+    with pytest.raises(TemplateError) as found:
+        JinjaTemplate(source).render({})
+    return str(found.value), time.monotonic() - begin
+
+
+def test_a_template_that_ran_out_of_time_is_refused_at_once_for_a_while(hurried, monkeypatch):
+    JinjaTemplate("").render({})  # the process runs
+    first, slow = refusal(ENDLESS)
+    again, quick = refusal(ENDLESS)
+    assert first == again and "more than 0.5 seconds" in first
+    assert slow >= 0.5 and quick < 0.3
+    assert render("{{ 1 + 1 }}") == "2"
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 61)
+    assert refusal(ENDLESS)[1] >= 0.5  # it gets another try
+
+
+def test_who_waits_with_a_template_that_is_refused_meanwhile_waits_no_longer(hurried):
+    template = JinjaTemplate(ENDLESS)
+    said = []
+
+    def run():
+        with pytest.raises(TemplateError) as found:
+            template.render({})
+        said.append(str(found.value))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begin < 3  # one after another: 4 seconds, and 7 new processes
+    assert len(said) == 8 and len(set(said)) == 1
+
+
+def test_only_so_many_refused_templates_are_remembered(hurried):
+    sources = [str(n) for n in range(jinja.MOST_REFUSED + 5)]
+    for source in sources:
+        hurried._refuse(source)
+    refused = [source for source in sources if source in hurried._refused]
+    assert refused == sources[5:]
+
+
+def test_who_waits_too_long_for_a_turn_is_told_so(hurried, monkeypatch):
+    template = JinjaTemplate("{{ 1 }}")
+    monkeypatch.setattr(jinja, "WAIT_LIMIT", 0.1)
+    hurried._lock.acquire()
+    threading.Timer(3, hurried._lock.release).start()  # else there might be no end
+    with pytest.raises(ServerBusy, match="busy"):
+        template.render({})
+    monkeypatch.setattr(jinja, "WAIT_LIMIT", 20)
+    assert template.render({}) == "1"
 
 
 def test_many_threads_each_get_their_own_text():

@@ -1,6 +1,7 @@
 """Calls of tools in an answer.  Judges: json itself, and the same text in one piece."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -59,6 +60,10 @@ CASES: list[tuple[str, str, str | None, list[Call]]] = [
     ("", "[1] and [2]", None, []),
     ("", 'As JSON: {"name":"add","arguments":{}}', None, []),
     ("", '{"name":"add","arguments":{"a":NaN}}', None, []),
+    ("", '{"name":"add","arguments":{"a":1e999}}', None, []),
+    ("", '{"name":"add","arguments":{"a":[-1e999]}}', None, []),
+    ("", '{"name":"add","arguments":"{\\"a\\":1e999}"}', None, []),
+    (QWEN, '<tool_call>{"name":"add","arguments":{"a":Infinity}}</tool_call>', None, []),
     ("", '{"name":"add","arguments":[1]}', None, []),
     # A tag that led nowhere, and then one that does.
     (QWEN, '<tool_call><tool_call>{"name":"add","arguments":{"b":2,"a":1}}', QWEN, [ADD]),
@@ -102,6 +107,16 @@ def test_content_is_shown_as_soon_as_it_can_be_none_of_a_call():
     assert [parser.feed(piece)[0] for piece in ("One", " two <", "3", " <tool", "s>")] == [
         "One", " two ", "<3", " ", "<tools>",
     ]  # fmt: skip
+
+
+def test_white_space_behind_a_call_is_not_kept():
+    """Twice as much takes twice as long: nothing of it is looked at again."""
+    parser = ToolCalls(QWEN, TOOLS)
+    parser.feed('<tool_call>{"name":"now"}</tool_call>')
+    begin = time.monotonic()
+    assert all(parser.feed(" ") == ("", ()) for _ in range(40_000))
+    assert time.monotonic() - begin < 2
+    assert parser.feed(" Done.") == ("Done.", ())
 
 
 def test_ids_are_different():
