@@ -59,6 +59,7 @@ class LoadedModels:
         self.limit = limit
         self.slots = slots
         self._entries: dict[_Key, _Entry] = {}
+        self._leaving: set[_Entry] = set()  # off the shelf, but still in memory: they take a place
         self._queue: deque[object] = deque()  # a ticket for each request that is not yet admitted
         self._closed = False
         self._timer: threading.Thread | None = None
@@ -95,10 +96,10 @@ class LoadedModels:
             found = {key: entry for key, entry in self._entries.items() if key[0] == identity}
             for entry in found.values():
                 entry.use = entry.use._replace(keep=0)
-            idle = [self._entries.pop(key) for key, entry in found.items() if entry.users == 0]
+            idle = [self._off(key) for key, entry in found.items() if entry.users == 0]
             self._changed.notify_all()
         for entry in idle:
-            entry.close()
+            self._let_go(entry)
 
     def running(self) -> Sequence[Running]:
         """The models in memory; those that stay longest come first."""
@@ -143,8 +144,10 @@ class LoadedModels:
             raise Abandoned("whoever asked has gone")
 
     def _room(self, key: _Key) -> bool:
-        """Is this model here already, or could it be?"""
-        return key in self._entries or len(self._entries) < self.limit or bool(self._idle())
+        """Is this model here already, or could it be?  While one leaves, no other has to."""
+        if key in self._entries or len(self._entries) + len(self._leaving) < self.limit:
+            return True
+        return bool(self._idle()) and not self._leaving
 
     def _idle(self) -> list[_Key]:
         return [key for key, entry in self._entries.items() if entry.users == 0]
@@ -153,7 +156,7 @@ class LoadedModels:
         """The model's place; a new one may take that of the model that was idle longest."""
         if key not in self._entries:
             evicted = None
-            if len(self._entries) >= self.limit:
+            if len(self._entries) + len(self._leaving) >= self.limit:
                 oldest = min(self._idle(), key=lambda k: self._entries[k].last_used)
                 evicted = self._entries.pop(oldest)
             self._entries[key] = _Entry(evicted)
@@ -187,12 +190,28 @@ class LoadedModels:
             entry.users -= 1
             entry.last_used = time.monotonic()
             if entry.due <= entry.last_used and self._entries.get(key) is entry:
-                del self._entries[key]
+                self._off(key)
             orphan = entry.users == 0 and self._entries.get(key) is not entry
             self._wind()
             self._changed.notify_all()
-        if orphan:  # taken off the shelf meanwhile
+        if orphan:  # taken off the shelf, just now or meanwhile
+            self._let_go(entry)
+
+    def _off(self, key: _Key) -> _Entry:
+        """Take a model off the shelf; its place is free once it is closed.  The lock is held."""
+        entry = self._entries.pop(key)
+        self._leaving.add(entry)
+        return entry
+
+    def _let_go(self, entry: _Entry) -> None:
+        """Close what nobody uses any more; only then may another model come into memory."""
+        try:
             entry.close()
+        finally:
+            entry.model = None  # whoever still holds the entry does not hold the memory
+            with self._changed:
+                self._leaving.discard(entry)
+                self._changed.notify_all()
 
     # ── the timer: it sleeps until a model is due, and ends when there is none to wait for ────────
 
@@ -206,7 +225,7 @@ class LoadedModels:
     def _tick(self) -> None:
         while entries := self._expired():
             while entries:
-                entries.pop().close()  # popped, so that no name here keeps its memory
+                self._let_go(entries.pop())
 
     def _expired(self) -> list[_Entry]:
         """Waits for models whose time is over, and takes them off the shelf; none: it is empty."""
@@ -216,7 +235,7 @@ class LoadedModels:
                 over = [key for key, due in dues.items() if due <= now]
                 if over:
                     self._changed.notify_all()
-                    return [self._entries.pop(key) for key in over]
+                    return [self._off(key) for key in over]
                 self._changed.wait(_pause(min(dues.values()) - now))
             self._timer = None
             return []
@@ -256,8 +275,9 @@ class _Entry:
     def close(self) -> None:
         """Unload the model, if there is one."""
         self.evict()
-        if self.model is not None:
-            self.model.close()
+        model = self.model  # another thread may let go of it at the same time
+        if model is not None:
+            model.close()
 
 
 def _again(failure: Exception) -> RefollamaError:

@@ -377,6 +377,7 @@ def test_a_relative_path_needs_a_folder_to_start_from(store, folder, monkeypatch
         ("FROM a.gguf\nPARAMETER bad 1", ModelfileError, "line 2: unknown parameter"),
         ("FROM a.gguf\nPARAMETER temperature 1e39", BadRequest, "too large"),
         ("FROM a.gguf\nSYSTEM \ud800", ModelfileError, "half a surrogate pair"),
+        ("FROM a.gguf\nPARAMETER stop \ud800", BadRequest, "'stop': half a surrogate pair"),
         ("FROM a.gguf\nSYSTEM " + "x" * (4 << 20) + "x", ModelfileError, "longer than 4 MiB"),
         ("SYSTEM x", ModelfileError, "no FROM line"),
     ],
@@ -543,6 +544,7 @@ DIGEST = "sha256:" + "0" * 64
         ({"from_": "base", "messages": (Message("robot", "x"),)}, BadRequest, "role must be one"),
         ({"path": "/etc/passwd"}, BadRequest, "path of a Modelfile is only allowed"),
         ({"from_": "base", "system": "\ud800"}, BadRequest, "half a surrogate pair"),
+        ({"from_": "base", "parameters": {"stop": ["a", "\ud800"]}}, BadRequest, "'stop': half a"),
     ],
 )
 def test_parts_that_are_refused(store, folder, fields, kind, sentence):
@@ -551,6 +553,12 @@ def test_parts_that_are_refused(store, folder, fields, kind, sentence):
     with pytest.raises(kind, match=sentence):
         parts(store, **fields)
     assert snapshot(store.root) == before
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "~no\0user/x", "~\ud800/x", "~/none"])
+def test_a_modelfile_in_nobodys_home_is_not_there(store, path):
+    with pytest.raises(BadRequest, match="is not a regular file that can be read"):
+        create(store, Create("x", path=path), local_files=True)
 
 
 def test_a_modelfile_by_its_path(store, folder):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from refollama.errors import Abandoned, FormatError, NotFound, Stopping
+from refollama.loaded import load_file
 from refollama.options import Options
-from refollama.shelf import LoadedModels
+from refollama.shelf import LoadedModels, _Entry
 from tests.tiny import write_model
 
 GREEDY = {"temperature": 0, "repeat_penalty": 1, "num_predict": 20}
@@ -285,6 +286,100 @@ def test_unloading_waits_for_those_who_use_it(shelf, tiny):
         pass
     shelf.unload(tiny)
     assert shelf.running() == []
+
+
+def by_release(shelf, tiny):
+    with shelf.lease(tiny, keep=0):
+        pass
+
+
+def by_unload(shelf, tiny):
+    with shelf.lease(tiny):
+        pass
+    shelf.unload(tiny)
+
+
+def by_timer(shelf, tiny):
+    with shelf.lease(tiny, keep=0.01):
+        pass
+
+
+@pytest.mark.parametrize("leave", [by_release, by_unload, by_timer])
+@pytest.mark.parametrize("same", [True, False])
+def test_nothing_is_loaded_beside_a_model_that_is_not_gone_yet(
+    shelf, tiny, tmp_path, monkeypatch, leave, same
+):
+    """Its place is free when it is closed, not when it is taken off the shelf."""
+    new = tiny if same else write_model(tmp_path / "new.gguf", seed=2)
+    closing, release, loaded = (threading.Event() for _ in range(3))
+    close = _Entry.close
+
+    def slow_close(entry):
+        closing.set()
+        assert release.wait(10)
+        close(entry)
+
+    def loads(path, options, **how):
+        loaded.set()
+        return load_file(path, options, **how)
+
+    def newcomer():
+        with shelf.lease(new):
+            pass
+
+    monkeypatch.setattr(_Entry, "close", slow_close)
+    leaving = threading.Thread(target=leave, args=(shelf, tiny))
+    leaving.start()
+    assert closing.wait(5)
+    monkeypatch.setattr("refollama.shelf.load_file", loads)
+    arriving = threading.Thread(target=newcomer)
+    arriving.start()
+    assert not loaded.wait(0.3)
+    release.set()
+    assert loaded.wait(5)
+    for thread in (leaving, arriving):
+        thread.join(5)
+    assert not shelf._leaving
+
+
+def test_one_that_leaves_is_awaited_and_the_idle_one_stays(tmp_path, monkeypatch):
+    warm, going, new = (write_model(tmp_path / f"{n}.gguf", seed=n) for n in range(3))
+    shelf = LoadedModels(limit=2)
+    closing, release = threading.Event(), threading.Event()
+    close = _Entry.close
+
+    def slow_close(entry):
+        closing.set()
+        assert release.wait(10)
+        close(entry)
+
+    for path in (warm, going):
+        with shelf.lease(path, name=path.stem):
+            pass
+    monkeypatch.setattr(_Entry, "close", slow_close)
+    leaving = threading.Thread(target=shelf.unload, args=(going,))
+    leaving.start()
+    assert closing.wait(5)
+    threading.Timer(0.3, release.set).start()
+    with shelf.lease(new, name=new.stem):
+        assert release.is_set() and {one.use.name for one in shelf.running()} == {"0", "2"}
+    leaving.join(5)
+    shelf.close()
+
+
+def test_a_model_that_cannot_be_closed_frees_its_place_all_the_same(shelf, tiny, monkeypatch):
+    close, failures = _Entry.close, [MemoryError()]
+
+    def fails(entry):
+        close(entry)
+        if failures:
+            raise failures.pop()
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(_Entry, "close", fails)
+        by_release(shelf, tiny)
+    with shelf.lease(tiny) as model:
+        assert model.generate("the", options=GREEDY).text
 
 
 def test_the_soonest_goes_first_and_is_listed_last(tmp_path):

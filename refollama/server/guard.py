@@ -12,7 +12,7 @@ import re
 import socket
 from urllib.parse import urlsplit
 
-from flask import Flask, Request, Response, abort, g, request
+from flask import Flask, Response, abort, g, request
 
 from refollama.errors import BadRequest
 
@@ -36,19 +36,16 @@ def install(app: Flask, *, loopback: bool) -> None:
 
     Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin.
     """
-    listed = os.environ.get("OLLAMA_ORIGINS", "")
-    allowed = origins(listed)
-    everybody = "*" in _entries(listed)
+    rules = Rules(loopback=loopback)
+    everybody = "*" in _entries(_listed())
 
     @app.before_request
     def check() -> Response | None:
-        if loopback and not local_host(request.host):
-            abort(403, "the Host header names another machine than this one")
-        origin = _foreign_origin(request)
-        if origin is None:
+        origin = request.headers.get("Origin")
+        if (refusal := rules.refusal(request.host, origin)) is not None:
+            abort(403, refusal)
+        if origin is None or not _foreign(origin, request.host):
             return None
-        if not any(pattern.fullmatch(origin) for pattern in allowed):
-            abort(403, "this origin is not allowed; OLLAMA_ORIGINS lists those that are")
         g.allowed_origin = "*" if everybody else origin
         return Response(status=204) if request.method == "OPTIONS" else None
 
@@ -64,6 +61,27 @@ def install(app: Flask, *, loopback: bool) -> None:
         return response
 
 
+class Rules:
+    """Whom the server hears, told from the headers of a request alone.
+
+    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin.
+    """
+
+    def __init__(self, *, loopback: bool) -> None:
+        self._loopback = loopback
+        self._allowed = origins(_listed())
+
+    def refusal(self, host: str, origin: str | None) -> str | None:
+        """Why a request with these headers is not heard; None: it is."""
+        if self._loopback and not local_host(host):
+            return "the Host header names another machine than this one"
+        if origin is None or not _foreign(origin, host):
+            return None
+        if not any(pattern.fullmatch(origin) for pattern in self._allowed):
+            return "this origin is not allowed; OLLAMA_ORIGINS lists those that are"
+        return None
+
+
 def origins(listed: str) -> list[re.Pattern[str]]:
     """Patterns for this machine's own pages at any port, for apps, and for those that are listed.
 
@@ -74,6 +92,10 @@ def origins(listed: str) -> list[re.Pattern[str]]:
     apps = [rf"{scheme}://[^@]*" for scheme in APPS]
     patterns = (*own, *apps, *map(_pattern, _entries(listed)))
     return [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
+
+
+def _listed() -> str:
+    return os.environ.get("OLLAMA_ORIGINS", "")
 
 
 def _entries(listed: str) -> list[str]:
@@ -111,8 +133,6 @@ def local_host(host: str) -> bool:
     return address.is_loopback or address.is_private or address.is_unspecified
 
 
-def _foreign_origin(request: Request) -> str | None:
-    """The page that sends this request, unless this very server sent the page."""
-    origin = request.headers.get("Origin")
-    own = (f"http://{request.host}", f"https://{request.host}")
-    return None if origin is None or origin in own else origin
+def _foreign(origin: str, host: str) -> bool:
+    """Does another page send this request than one that this very server sent?"""
+    return origin not in (f"http://{host}", f"https://{host}")

@@ -10,15 +10,18 @@ import ipaddress
 import logging
 import signal
 import sys
+import tempfile
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from waitress.server import create_server
 
 from refollama.errors import RefollamaError
 from refollama.server.app import create_app, largest_body
-from refollama.server.intake import Channel
+from refollama.server.guard import Rules
+from refollama.server.intake import Channel, Uploads
 from refollama.service import Service
 from refollama.version import __version__
 
@@ -52,8 +55,9 @@ def serve(host: str, port: int) -> None:
         )
     except OSError as error:
         raise RefollamaError(_why_not(host, port, error)) from None
+    uploads = Uploads(Rules(loopback=loopback), (Path(tempfile.gettempdir()), service.store.root))
     for each in _servers(server):
-        each.channel_class = Channel
+        each.channel_class = partial(Channel, uploads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, partial(_stop, service))
     if not loopback:

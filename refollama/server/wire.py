@@ -36,6 +36,7 @@ from refollama.messages import (
 )
 from refollama.show import Shown
 from refollama.store import ModelEntry
+from refollama.text.toolcalls import finite
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ NOT_YET_IN_CREATE = {
     "quantize": "this version cannot quantise",
     "quantization": "this version cannot quantise",
 }
+# What a message may hold in a conversation, but has no place in the layer of a model's messages.
+NOT_STORED = ("images", "tool_calls", "tool_call_id", "tool_name", "thinking")
+WITHOUT_EFFECT_IN_CREATE = ("renderer", "parser", "requires", "info", "remote_host")
 
 
 class Body:
@@ -122,8 +126,10 @@ class Body:
         said = [(turn.get("role"), turn.get("content") or "") for turn in found]
         if not all(isinstance(part, str) for pair in said for part in pair):
             raise BadRequest(f"{name}: role and content must be strings")
-        if any(turn.get("images") for turn in found):
-            raise BadRequest(f"{name}: images cannot be stored in a model")
+        lost = {key.lower() for turn in found for key, value in turn.items() if value}
+        for field in NOT_STORED:
+            if field in lost:
+                raise BadRequest(f"{name}: {field} cannot be stored in a model")
         return tuple(Message(role, content) for role, content in said)
 
     def objects(self, name: str) -> list[Body]:
@@ -167,6 +173,12 @@ class Body:
         if self._fields.get(name) is not None:
             log.warning("%s has no effect in this version; ignored", name)
 
+    def warn_of_family(self, beginning: str) -> None:
+        """All fields whose names begin so, in one line: there may be any number of them."""
+        names = sorted(name for name in self._fields if name.startswith(beginning))
+        if names:
+            log.warning("%s… has no effect in this version; ignored: %.200r", beginning, names)
+
     def _take(self, name: str, kind: type, wanted: str) -> Any:
         value = self._fields.get(name)
         if value is not None and type(value) is not kind:
@@ -179,7 +191,7 @@ def _first_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest("missing request body")
     try:
         text = raw.decode("utf-8-sig").lstrip()
-        value, _ = json.JSONDecoder(parse_constant=_no_number).raw_decode(text)
+        value, _ = _DECODER.raw_decode(text)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the request body is not UTF-8: byte {error.start}") from None
     except RecursionError:
@@ -195,6 +207,9 @@ def _first_object(raw: bytes) -> dict[str, Any]:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not a JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=_no_number)
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────
@@ -326,6 +341,9 @@ def read_create(raw: bytes) -> Create:
     """The body of POST /api/create: a Modelfile as text (2023), or what it would say in parts."""
     body = Body(raw)
     body.refuse(NOT_YET_IN_CREATE)
+    for name in WITHOUT_EFFECT_IN_CREATE:
+        body.warn(name)
+    body.warn_of_family("draft_")
     return Create(
         model=body.text("model", "name"),
         modelfile=body.text("modelfile"),
@@ -538,11 +556,20 @@ def error_record(error: Exception) -> Record:
 
 
 def dumps(record: Record) -> str:
-    """Compact and ASCII: no reader of lines can stumble over a separator inside a string."""
-    return json.dumps(record, ensure_ascii=True, separators=(",", ":"))
+    """Compact and ASCII: no reader of lines can stumble over a separator inside a string.
+
+    Raises: ValueError for a number that JSON does not know.
+    """
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 
 
 def ndjson(records: Iterable[Record]) -> Iterator[bytes]:
-    """One line a record."""
+    """One line a record; one that cannot be written makes an error the last line."""
     for record in records:
-        yield dumps(record).encode() + b"\n"
+        try:
+            line = dumps(record)
+        except ValueError as error:
+            log.exception("a record that is not JSON")
+            yield dumps(error_record(error)).encode() + b"\n"
+            return
+        yield line.encode() + b"\n"

@@ -6,6 +6,7 @@ from "llama2", system "be brief", files {…}     today: its parts, with files a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,11 +93,22 @@ def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stored(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
-        return list(value)
+        return [_stored(name, item) for item in value]
+    if isinstance(value, str):
+        return _writable(name, value)
     try:
         return as_float32(value) if isinstance(value, float) else value
     except OverflowError:
         raise BadRequest(f"parameter '{name}' is too large: {value}") from None
+
+
+def _writable(name: str, text: str) -> str:
+    """The text, if UTF-8 can say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"parameter '{name}': half a surrogate pair is no character") from None
+    return text
 
 
 # -------------------------------------------------------------------- the form of 2023
@@ -106,7 +118,7 @@ def _directory(ask: Create) -> Path | None:
     """Where relative paths start: said so, or where the Modelfile lies."""
     if ask.directory:
         return Path(ask.directory)
-    return Path(ask.path).expanduser().parent if ask.path else None
+    return _expanded(ask.path).parent if ask.path else None
 
 
 def _text_at(path: str, local_files: bool) -> str:
@@ -115,7 +127,7 @@ def _text_at(path: str, local_files: bool) -> str:
             "the path of a Modelfile is only allowed from the machine that the server runs on: "
             "send its text as modelfile"
         )
-    with regular(Path(path).expanduser()) as file:
+    with regular(_expanded(path)) as file:
         data = file.read(LARGEST_MODELFILE + 1)
     if len(data) > LARGEST_MODELFILE:
         raise ModelfileError(f"longer than {LARGEST_MODELFILE >> 20} MiB")
@@ -123,3 +135,11 @@ def _text_at(path: str, local_files: bool) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise ModelfileError("this is not a text in UTF-8") from None
+
+
+def _expanded(path: str) -> Path:
+    """With `~` as the home folder. A user who does not exist leaves the path as it is."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # NUL, or half a surrogate pair, in the user's name
+        return Path(path)

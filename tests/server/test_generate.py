@@ -156,6 +156,8 @@ REFUSED = {
     "option bool": (b'{"model": "tiny", "prompt": "a", "options": {"num_ctx": true}}', 400, "num"),
     "option range": (b'{"model": "tiny", "prompt": "a", "options": {"top_p": 2}}', 400, "0 and 1"),
     "NaN": (b'{"model": "tiny", "options": {"top_p": NaN}}', 400, "NaN"),
+    "infinity": (b'{"model": "tiny", "prompt": "a", "options": {"x": 1e999}}', 400, "too large"),
+    "minus infinity": (b'{"model": "tiny", "prompt": "a", "x": [-1e999]}', 400, "too large"),
     "strict": (b'{"model": "tiny", "prompt": "a", "strict": true, "options": {"x": 1}}', 400, "x"),
     "raw and system": (b'{"model": "tiny", "raw": true, "system": "s"}', 400, "raw mode does not"),
     "bad template": (b'{"model": "tiny", "prompt": "a", "template": "{{ if"}', 400, "line 1"),

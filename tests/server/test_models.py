@@ -215,6 +215,11 @@ def test_licences_by_one_or_many(http):
         ({"from": "tiny", "messages": ["hi"]}, 400, "messages must be a list of messages"),
         ({"from": "tiny", "messages": [{"role": 1}]}, 400, "must be strings"),
         ({"from": "tiny", "messages": [{"role": "user", "images": ["x"]}]}, 400, "images"),
+        ({"from": "tiny", "messages": [{"tool_calls": [{}], "role": "user"}]}, 400, "tool_calls"),
+        ({"from": "tiny", "messages": [{"role": "user", "Thinking": "x"}]}, 400, "thinking"),
+        ({"from": "tiny", "messages": [{"role": "user", "tool_name": "x"}]}, 400, "tool_name"),
+        ({"from": "tiny", "messages": [{"role": "user", "tool_call_id": "x"}]}, 400, "tool_call"),
+        ({"path": "~no-such-user/x"}, 400, "is not a regular file"),
         ({"from": "tiny", "messages": [{"role": "robot"}]}, 400, "message role must be one of"),
         ({"from": "tiny", "license": {"a": 1}}, 400, "license must be a string or a list"),
         ({"from": "tiny", "license": [1]}, 400, "license must be a string or a list"),
@@ -229,6 +234,22 @@ def test_what_create_refuses(http, service, body, status, said, stream):
         answer = post(http, "create", model="m", stream=stream, **body)
     assert (answer.status_code, set(answer.json())) == (status, {"error"}), answer.text
     assert said in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_what_has_no_effect_is_said_in_the_log_once_each(http, caplog):
+    fields = {"renderer": "a", "parser": "b", "requires": "0.1", "info": {"k": "v"}}
+    fields |= {
+        "remote_host": "h",
+        "Draft_Model": "d",
+        "draft_\nx": "y",
+        "template": "{{ .Prompt }}",
+    }
+    answer = post(http, "create", model="m", **{"from": "tiny"}, stream=False, **fields)
+    assert answer.json() == {"status": "success"}
+    said = [r.getMessage() for r in caplog.records if "no effect" in r.getMessage()]
+    for name in ("renderer", "parser", "requires", "info", "remote_host", "draft_model"):
+        assert len([line for line in said if name in line]) == 1, name
+    assert len(said) == 6 and not any("\n" in line for line in said)
 
 
 def test_a_modelfile_by_its_path(http, tiny, tmp_path):

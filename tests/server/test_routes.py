@@ -6,6 +6,7 @@ import re
 import pytest
 
 from refollama.errors import BadRequest
+from refollama.server import wire
 from refollama.server.app import create_app
 from refollama.version import __version__
 from tests.server.conftest import unchanged
@@ -183,3 +184,17 @@ def test_the_story_cut_anywhere(http, service, oracles, tmp_path):
             assert response.status_code == 400 and "cut.gguf" in answer[0]["error"]
             run = http.post("/api/generate", json={"model": str(cut), "prompt": "a"})
             assert run.status_code == 400 and "cut.gguf" in run.json()["error"]
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_no_number_reaches_the_wire_that_json_does_not_know(number):
+    """Judge: json itself, told to take nothing but JSON."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    with pytest.raises(ValueError, match="JSON"):
+        wire.dumps({"a": [number]})
+    lines = list(wire.ndjson([{"a": 1}, {"a": number}, {"a": 2}]))
+    first, end = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert first == {"a": 1} and list(end) == ["error"]
