@@ -17,7 +17,7 @@ SHORT = OPTIONS | {"num_predict": 3}
 BATCHES = (1, 2, 7, 16, 512)
 
 
-@pytest.fixture(scope="module", params=["F32", "Q4_0"])
+@pytest.fixture(scope="module", params=["F32", pytest.param("Q4_0", marks=pytest.mark.slow)])
 def path(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("m") / "m.gguf", seed=5, type=request.param)
 
