@@ -8,7 +8,6 @@ leased ──► idle ──► leased …           the model stays where it is
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -20,11 +19,12 @@ from typing import NamedTuple
 from refollama.engine import limits
 from refollama.engine.engine import LOOK_AROUND
 from refollama.engine.sequence import never
-from refollama.errors import Abandoned, NotFound, RefollamaError, Stopping
+from refollama.errors import Abandoned, RefollamaError, Stopping
 from refollama.keep_alive import FOR_EVER
 from refollama.loaded import DEFAULTS, LoadedModel, load_file
 from refollama.models.memory import Placement
 from refollama.options import Options
+from refollama.paths import file_state
 
 _Key = tuple[object, Placement]  # which file, and where its weights lie
 
@@ -81,7 +81,7 @@ class LoadedModels:
         unless a later lease says otherwise.  name: for `running`.
         Raises: Abandoned if `gone` says yes, Stopping, and all that `load_file` raises.
         """
-        key = (_identity(path), Placement.of(options))
+        key = (file_state(path), Placement.of(options))
         entry = self._admitted(key, gone)
         entry.use = Use(name or path.name, options, keep)
         try:
@@ -91,7 +91,7 @@ class LoadedModels:
 
     def unload(self, path: Path) -> None:
         """Let go of the model of this file, as soon as nobody uses it; it need not be loaded."""
-        identity = _identity(path)
+        identity = file_state(path)
         with self._changed:
             found = {key: entry for key, entry in self._entries.items() if key[0] == identity}
             for entry in found.values():
@@ -292,12 +292,3 @@ def _again(failure: Exception) -> RefollamaError:
 def _pause(seconds: float) -> float | None:
     """How long a condition may be waited for; None: until it is told."""
     return None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX)
-
-
-def _identity(path: Path) -> object:
-    """A file that was replaced is another file, though its name is the same."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        raise NotFound(f"{path.name}: there is no such file") from None
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

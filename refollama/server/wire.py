@@ -36,7 +36,7 @@ from refollama.messages import (
 )
 from refollama.show import Shown
 from refollama.store import ModelEntry
-from refollama.text.toolcalls import finite
+from refollama.text.toolcalls import STRICT_JSON
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _first_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest("missing request body")
     try:
         text = raw.decode("utf-8-sig").lstrip()
-        value, _ = _DECODER.raw_decode(text)
+        value, _ = STRICT_JSON.raw_decode(text)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the request body is not UTF-8: byte {error.start}") from None
     except RecursionError:
@@ -203,13 +203,6 @@ def _first_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest("the request body must be a JSON object")
     return value
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=_no_number)
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────

@@ -197,12 +197,12 @@ class _Object:
 def _loaded(text: str) -> Any:
     """A JSON value; None if it is none."""
     try:
-        return json.loads(text, parse_float=finite, parse_constant=_no_number)
+        return STRICT_JSON.decode(text)
     except (ValueError, RecursionError):
         return None
 
 
-def finite(digits: str) -> float:
+def _finite(digits: str) -> float:
     """A number of JSON; 1e999 would become one that JSON cannot write.  Raises: ValueError."""
     number = float(digits)
     if math.isinf(number):
@@ -212,6 +212,9 @@ def finite(digits: str) -> float:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not a JSON value")
+
+
+STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
 
 
 def _new_id() -> str:
