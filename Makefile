@@ -21,7 +21,7 @@ serve: $(VENV)/.run  ## answer HTTP requests at OLLAMA_HOST (default 127.0.0.1:1
 	@$(BIN)/refollama serve
 
 test: $(VENV)/.test  ## the tests that a commit must pass; a few minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.clients  ## the long tests: real processes, other clients, thousands of damaged files
 	$(BIN)/python -m pytest -m slow

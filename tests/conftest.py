@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Tests that run side by side share the cores; set before torch is imported, which reads it.
+    share = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 pytest_plugins = ["tests.fidelity"]
 
 

@@ -272,6 +272,7 @@ def test_lone_surrogates_become_the_replacement_character():
     assert ours().decode(ours().encode("a\ud800b")) == "a\ufffdb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", CUTS.values())
 def test_long_text_without_a_break_takes_no_quadratic_time(pre):
     for text in ("a" * 100_000, " " * 100_000 + "1", "\n" * 100_000, "!\u3000" * 50_000):
