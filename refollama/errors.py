@@ -15,6 +15,9 @@ RefollamaError                    500
 ├── Stopping                      503  the model or the server is going away
 ├── Abandoned                     499  whoever asked has gone; nobody reads this
 ├── StoreError                    500  the disk said no
+├── RegistryError                 500  a registry said no, or something senseless
+│   ├── Passing                   500  it may go better next time
+│   └── Unauthorized              500  it wants to know us, and does not
 └── ServerUnreachable             503  seen by clients only: nobody listens
 
 Each class carries the HTTP status that `server/app.py` answers with; the message is the sentence
@@ -116,6 +119,25 @@ class Abandoned(RefollamaError):
 
 class StoreError(RefollamaError):
     """The disk said no: full, forbidden, broken."""
+
+
+class RegistryError(RefollamaError):
+    """A registry said no, or something that makes no sense.  (500: so Ollama reports it.)"""
+
+
+class Passing(RegistryError):
+    """A failure that may pass: a broken connection, a stall, a registry that is busy.
+
+    retry_after: seconds that the registry asks to wait; None if it does not say.
+    """
+
+    def __init__(self, problem: str, retry_after: float | None = None) -> None:
+        super().__init__(problem)
+        self.retry_after = retry_after
+
+
+class Unauthorized(RegistryError):
+    """The registry does not know who we are, or does not let us."""
 
 
 class ServerUnreachable(RefollamaError):
