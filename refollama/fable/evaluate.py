@@ -1,0 +1,248 @@
+"""How good is fable?  `python -m refollama.fable.evaluate fable.gguf`
+
+    conversations of kept-out combinations ──► llm.chat, greedy ──► a judge for each lesson ──► %
+
+Each question is asked through the same call that users make, of the packed file. What was said
+before it is as it should have been said, so one mistake counts once. Nothing that is asked of
+heroes, or remembered of users, was in training in this combination; single words all were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import refollama
+from refollama.fable.exchange import Exchange
+from refollama.fable.lessons import Conversation, conversation
+from refollama.fable.world import ANIMALS, COLOURS, NAMES, PEOPLE, PLACES, VIRTUES
+from refollama.messages import Message
+
+SEED = 1  # of the conversations; training has others, and other combinations
+EACH = 60  # questions of a lesson
+LEAST_READ, MOST_READ = 100, 1000  # conversations for each of these, in search of rare lessons
+SHOWN = 4  # wrong answers of a lesson
+GREEDY = {"temperature": 0, "repeat_penalty": 1, "num_predict": 200}
+
+# What must be reached, in percent, by the first word of a lesson's name.
+MARKS = {"questions": 95, "memory": 95, "system": 95, "format": 100, "json": 90, "stories": 95}
+
+
+class Case(NamedTuple):
+    """One question in its conversation."""
+
+    mark: str  # a key of MARKS
+    lesson: str
+    messages: list[Message]
+    said: Exchange
+
+
+class Model(Protocol):
+    """What is asked: `refollama.load(…)` gives one."""
+
+    def chat(
+        self, messages: Sequence[Any], options: Any = None, *, format: object = None
+    ) -> tuple[str, Any]: ...
+
+
+# ── what is asked ─────────────────────────────────────────────────────────────────────────────
+
+
+def cases(seed: int = SEED, each: int = EACH) -> list[Case]:
+    """So many questions of each lesson, one from a conversation: that of the rarest lesson."""
+    found: dict[str, list[Case]] = defaultdict(list)
+    for index in range(each * MOST_READ):
+        case = min(_cases_of(conversation(seed, index, held=True)), key=_count_in(found))
+        if len(found[case.lesson]) < each:
+            found[case.lesson].append(case)
+        elif index > each * LEAST_READ and all(len(some) == each for some in found.values()):
+            break
+    return [case for lesson in sorted(found) for case in found[lesson]]
+
+
+def _count_in(found: Mapping[str, list[Case]]) -> Callable[[Case], int]:
+    return lambda case: len(found.get(case.lesson, ()))
+
+
+def _cases_of(talk: Conversation) -> Iterator[Case]:
+    """The questions of one conversation, from the last to the first."""
+    for count in range(len(talk.turns), 0, -1):
+        said = talk.turns[count - 1]
+        mark, lesson = filed(talk, said)
+        yield Case(mark, lesson, talk.messages(count), said)
+
+
+def filed(talk: Conversation, said: Exchange) -> tuple[str, str]:
+    """Under which mark and lesson an answer counts."""
+    if said.lesson == "json":
+        return "json", "json"
+    if said.lesson == "story":
+        return "stories", "stories"
+    if said.lesson == "obey once":
+        return "system", "user: a style for once"
+    if talk.style != "plainly":
+        return "system", f"system: {talk.style.replace('_', ' ')}"
+    if said.lesson.startswith("memory"):
+        return "memory", said.lesson
+    return "questions", said.lesson
+
+
+# ── judges ────────────────────────────────────────────────────────────────────────────────────
+
+
+def right(case: Case, answer: str) -> bool:
+    """Is the answer good?  Word by word what it should be; of objects the keys; of stories all
+    that `contradictions` looks for."""
+    if case.mark == "json":
+        return keys_of(answer) == list(case.said.wishes)
+    if case.mark == "stories":
+        return not contradictions(answer, case.said.wishes)
+    return answer.strip() == case.said.answer
+
+
+def keys_of(answer: str) -> list[str] | None:
+    """The keys of a JSON object, in order; None if it is none."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return None
+    return list(value) if isinstance(value, dict) else None
+
+
+_ANY_COLOUR, _ANY_NAME = "|".join(COLOURS), "|".join(NAMES)
+_ANY_ANIMAL = "|".join(ANIMALS + PEOPLE)
+
+
+def contradictions(story: str, wishes: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the hero of a story: a changed name, animal or colour, a wish not kept.
+
+    The hero is whoever is named first; it is what it is called first.
+    """
+    names, animals = _found(_ANY_NAME, story), _found(_ANY_ANIMAL, story)
+    if not names or not animals:
+        return ["no hero"]
+    name, animal = names[0], animals[0]
+    colours = set(re.findall(rf"\b{name} (?:was|had an?) ({_ANY_COLOUR})\b", story))
+    colours |= set(re.findall(rf"\b({_ANY_COLOUR}) {animal}\b", story))
+    called = re.findall(rf"\b{name} the (?:(?:{_ANY_COLOUR}) )?({_ANY_ANIMAL})\b", story)
+    problems = [f"names: {names}"] * (len(set(names)) > 2)
+    problems += [f"animals: {animals}"] * (len(set(animals)) > 2)
+    problems += [f"colours: {sorted(colours)}"] * (len(colours) != 1)
+    problems += [f"{name} the {other}" for other in called if other != animal]
+    return problems + _unkept(wishes, {name, animal, *colours}, story)
+
+
+def _unkept(wishes: Sequence[str], hero: set[str], story: str) -> list[str]:
+    """Wishes for name, animal and colour are the hero's; for virtue and place they are in it."""
+    told = {word for word in (*VIRTUES, *PLACES) if re.search(rf"\b{word}\b", story)}
+    return [f"no {wish}" for wish in wishes if wish not in hero | told]
+
+
+def _found(pattern: str, text: str) -> list[str]:
+    return re.findall(rf"\b(?:{pattern})\b", text)
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Score:
+    """How one lesson went."""
+
+    mark: str
+    right: int = 0
+    asked: int = 0
+    wrong: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, case: Case, answer: str, good: bool) -> None:
+        """Count an answer; wrong ones are kept."""
+        self.asked += 1
+        self.right += good
+        if not good:
+            user, want = case.said.user, case.said.answer
+            self.wrong.append({"asked": user, "right": want, "answered": answer})
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.right / max(self.asked, 1)
+
+
+def evaluate(llm: Model, asked: Sequence[Case]) -> dict[str, Score]:
+    """Ask everything; objects twice, with `format` and without.  → scores by lesson"""
+    scores: dict[str, Score] = {}
+    for case in track(asked, "asking"):
+        for lesson, mark, form in _ways(case):
+            answer, _ = llm.chat(case.messages, GREEDY, format=form)
+            score = scores.setdefault(lesson, Score(mark))
+            score.add(case, answer, right(case, answer))
+            if case.mark == "json" and not form and case.said.exact:
+                values = scores.setdefault("json: values too", Score("json"))
+                values.add(case, answer, answer.strip() == case.said.answer)
+    return scores
+
+
+def _ways(case: Case) -> list[tuple[str, str, str | None]]:
+    ways: list[tuple[str, str, str | None]] = [(case.lesson, case.mark, None)]
+    return ways + [("json with format", "format", "json")] * (case.mark == "json")
+
+
+def totals(scores: dict[str, Score]) -> dict[str, float]:
+    """Percent right under each mark."""
+    found = {}
+    for mark in MARKS:
+        these = [score for score in scores.values() if score.mark == mark]
+        asked = sum(score.asked for score in these)
+        found[mark] = round(100 * sum(score.right for score in these) / max(asked, 1), 2)
+    return found
+
+
+def show(scores: dict[str, Score], console: Console) -> None:
+    """A table by lesson, the marks, and examples of what went wrong."""
+    table = Table("lesson", "right", "asked", "%", "mark")
+    for lesson, score in sorted(scores.items(), key=lambda item: (item[1].mark, item[0])):
+        table.add_row(
+            lesson, str(score.right), str(score.asked), f"{score.percent:.1f}", score.mark
+        )
+    console.print(table)
+    for mark, percent in totals(scores).items():
+        reached = "reached" if percent >= MARKS[mark] else "MISSED"
+        console.print(f"{mark:10} {percent:6.2f} %   {MARKS[mark]} % {reached}", highlight=False)
+    for lesson, score in scores.items():
+        for wrong in score.wrong[:SHOWN]:
+            console.print(f"\n[bold]{lesson}[/bold]", *_lines(wrong), sep="\n  ", highlight=False)
+
+
+def _lines(wrong: dict[str, str]) -> list[str]:
+    return [f"{key}: {text}".replace("[", r"\[") for key, text in wrong.items()]
+
+
+def main() -> None:
+    """The command."""
+    found = argparse.ArgumentParser(
+        prog="python -m refollama.fable.evaluate",
+        description="Ask fable about combinations that training never showed, and count.",
+    )
+    found.add_argument("model", nargs="?", default="fable", help="a file, or a name (fable)")
+    found.add_argument("--each", type=int, default=EACH, help=f"questions of a lesson ({EACH})")
+    found.add_argument("--json", type=Path, help="write marks, lessons and wrong answers here")
+    given = found.parse_args()
+    scores = evaluate(refollama.load(given.model), cases(each=given.each))
+    show(scores, Console())
+    if given.json:
+        lessons = {lesson: vars(score) for lesson, score in scores.items()}
+        told = {"marks": totals(scores), "lessons": lessons}
+        given.json.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

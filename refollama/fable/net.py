@@ -1,0 +1,163 @@
+"""The model while it learns: the same `Llama` that runs, with weights that can change.
+
+    metadata ── ModelConfig ──► Llama(config, NewParts) ── train.py ──► packed ──► a GGUF file
+
+Nothing is written twice. `NewParts` deals out random dense weights where a file would deal out
+packed ones; `Learner` is a block that computes the same as `Block`, but by routines that are made
+for whole batches, and that know how to go backwards. A test holds the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from refollama.kvcache import KVCache, Rows
+from refollama.models.config import ModelConfig, RopeConfig
+from refollama.models.layers import Embedding, Experts, Linear, RMSNorm, Rope, rotate
+from refollama.models.llama import Block, Llama, Step
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.quants import pack
+
+CONTEXT = 512  # tokens that the model learns to look back on
+SIZES: Mapping[str, int | float] = {
+    "block_count": 5,
+    "context_length": CONTEXT,
+    "embedding_length": 192,
+    "feed_forward_length": 512,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,  # two query heads share a key head
+    "rope.dimension_count": 48,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+EMBEDDING_SPREAD = 0.04  # tied: as rows of the output they give logits of about ½ at first
+
+
+def sizes(**changes: int | float) -> dict[str, Any]:
+    """The `llama.*` metadata of our model."""
+    return {f"llama.{key}": value for key, value in {**SIZES, **changes}.items()}
+
+
+def new_net(
+    metadata: Mapping[str, Any], n_vocab: int, *, seed: int = 0, device: str = "cpu"
+) -> Llama:
+    """A model that has learned nothing yet, of the sizes that the metadata names."""
+    config = ModelConfig.from_metadata(metadata)
+    return Llama(config, NewParts(n_vocab, len(config.layers), seed, device), Learner)
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """What learns, by the names that a GGUF file uses.  A tied output is no weight of its own."""
+    return {name: w for name, w in net.named_buffers() if w is not None and w.requires_grad}
+
+
+class NewParts:
+    """Random weights, dealt out by name; each keeps the size of what passes through it.
+
+    The two matrices of a block that write into the residual stream begin smaller, since the
+    stream is a sum over all blocks.  Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+
+    def __init__(self, n_vocab: int, layers: int, seed: int, device: str) -> None:
+        self.n_vocab = n_vocab
+        self.damping = (2 * layers) ** -0.5
+        self.device = device
+        self.rng = torch.Generator().manual_seed(seed)  # of the CPU: the same weights everywhere
+
+    def linear(self, name: str, n_out: int, n_in: int) -> Linear:
+        """(n_out, n_in), float32."""
+        spread = n_in**-0.5 * (self.damping if name.endswith(("attn_output", "ffn_down")) else 1)
+        return Linear(self._drawn(n_out, n_in, spread), _dense)
+
+    def norm(self, name: str, width: int, eps: float) -> RMSNorm:
+        """(width,), ones."""
+        return RMSNorm(torch.ones(width, device=self.device).requires_grad_(), eps)
+
+    def embedding(self, name: str, width: int) -> Embedding:
+        """(V, width); it is the output's matrix as well."""
+        return Embedding(self._drawn(self.n_vocab, width, EMBEDDING_SPREAD), _dense)
+
+    def rope(self, name: str, config: RopeConfig, width: int) -> Rope:
+        """Nothing in it learns."""
+        return Rope(config, width)
+
+    def experts(self, name: str, n_experts: int, n_out: int, n_in: int) -> Experts:
+        """Our model is no mixture."""
+        raise ValueError(f"{name}: a model that learns here has no experts")
+
+    def has(self, name: str) -> bool:
+        """No matrix for the output: the table of embeddings serves twice."""
+        return False
+
+    def _drawn(self, rows: int, width: int, spread: float) -> Tensor:
+        drawn = torch.randn(rows, width, generator=self.rng) * spread
+        return drawn.to(self.device).requires_grad_()
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight
+
+
+class Learner(Block):
+    """A block for whole batches: the same sums as `Block`, and the way back through them."""
+
+    def attention(self, x: Tensor, step: Step) -> Tensor:
+        B, T, _ = x.shape
+        D = self.config.d_head
+        q = rotate(self.attn_q(x).view(B, T, -1, D), step.cos, step.sin)
+        k = rotate(self.attn_k(x).view(B, T, -1, D), step.cos, step.sin)
+        v = self.attn_v(x).view(B, T, -1, D)
+        k, v = step.cache.append(self.layer, step.positions, k, v)  # (B, Hk, T, D)
+        assert isinstance(step.cache, Lesson)
+        mixed = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, step.cache.visible, enable_gqa=True
+        )  # (B, H, T, D)
+        return self.attn_output(mixed.transpose(1, 2).flatten(2))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn_down(functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
+
+
+class Lesson(Rows):
+    """What tokens of a batch see while the model learns: those before them in their conversation.
+
+    It stands where the cache stands when the model runs, and remembers nothing: all keys are new.
+    Shapes: `conversations` (B, T) numbers the conversation of each token.
+    """
+
+    visible: Tensor  # (B, 1, T, T) bool
+
+    def __init__(self, conversations: Tensor) -> None:
+        T = conversations.shape[1]
+        super().__init__(KVCache([(1, 1, 1)]), conversations.new_zeros(0), T)
+        ago = torch.ones(T, T, dtype=torch.bool, device=conversations.device).tril()
+        same = conversations[:, :, None] == conversations[:, None, :]
+        object.__setattr__(self, "visible", (same & ago)[:, None])
+
+    def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, Hk, D) → (B, Hk, T, D)"""
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def read(net: Llama, tokens: Tensor, conversations: Tensor) -> Tensor:
+    """What the model makes of every token of a batch: (B, T) ids → (B, T, d_model).
+
+    All rows share one set of positions: rotation shows distances only.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return net.hidden(tokens, positions, Lesson(conversations))
+
+
+def packed(net: Llama, type: str = "Q8_0") -> dict[str, tuple[int, tuple[int, ...], Any]]:
+    """The weights as `write_gguf` takes them: matrices packed, norms as they are."""
+    found = {}
+    for name, weight in weights(net).items():
+        kind = type if weight.dim() == 2 else "F32"
+        blocks = pack(weight.detach().cpu(), kind).numpy()
+        found[name] = (TYPE_ID[kind], tuple(weight.shape), blocks)
+    return found

@@ -1,0 +1,418 @@
+"""Stories with a hero who stays the same, and questions about them.
+
+Hero + Hero + props ── Story ──► text
+                           └───► questions, each with its answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from refollama.fable.exchange import Exchange, capital, choose
+from refollama.fable.world import (
+    ANIMALS,
+    BOYS,
+    COLOURS,
+    DAYS,
+    FOODS,
+    GIRLS,
+    HIDING,
+    NAMES,
+    PEOPLE,
+    PLACES,
+    THINGS,
+    VIRTUES,
+    WEATHER,
+    a,
+    at,
+)
+
+HEROES = ANIMALS + PEOPLE
+
+
+@dataclass(frozen=True, slots=True)
+class Hero:
+    """Somebody in a story.  A child is no colour; it wears a coat of that colour."""
+
+    name: str
+    animal: str
+    colour: str
+    place: str
+    virtue: str
+
+    @property
+    def is_child(self) -> bool:
+        return self.animal in PEOPLE
+
+    def looks(self) -> str:
+        """'Tim was red', 'Ann had a red coat'."""
+        return f"{self.name} " + (
+            f"had {a(self.colour)} coat" if self.is_child else f"was {self.colour}"
+        )
+
+    def kind(self) -> str:
+        """'red fox'; a child's colour goes unsaid."""
+        return self.animal if self.is_child else f"{self.colour} {self.animal}"
+
+
+NOBODY: Container[str] = ()
+
+
+def hero(
+    rng: Random,
+    held: bool,
+    others: Sequence[Hero] = (),
+    known: Container[str] = NOBODY,
+    table: Sequence[str] = HEROES,
+) -> Hero:
+    """A hero with nothing in common with the others, of a combination kept out of training or not.
+
+    known: names and animals that the conversation has already; table: the animals to choose from.
+    """
+
+    def free(what: str, words: Sequence[str]) -> Sequence[str]:
+        taken = {getattr(other, what) for other in others}
+        return [word for word in words if word not in taken and word not in known]
+
+    places, colours = free("place", list(PLACES)), free("colour", COLOURS)
+    animal, place, colour = choose(rng, held, free("animal", table), places, colours)
+    names = {"girl": GIRLS, "boy": BOYS}.get(animal, NAMES)
+    name, virtue = rng.choice(free("name", names)), rng.choice(free("virtue", VIRTUES))
+    return Hero(name, animal, colour, place, virtue)
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A hero meets a friend, and something happens.  `text` is the whole of it."""
+
+    hero: Hero
+    friend: Hero
+    plot: str
+    weather: str
+    day: str
+    thing: str
+    thing_colour: str
+    hiding: str
+    food: str
+    text: str
+
+
+def story(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) -> Story:
+    """A story about this hero."""
+    other = hero(rng, held, [one], known)
+    plot = rng.choice(list(PLOTS))
+    spare = [c for c in COLOURS if c not in (one.colour, other.colour)]
+    words = {
+        "weather": rng.choice(list(WEATHER)),
+        "day": rng.choice(DAYS),
+        "thing": rng.choice(THINGS),
+        "thing_colour": rng.choice(spare),
+        "hiding": rng.choice(HIDING),
+        "food": rng.choice(FOODS),
+    }
+    parts = (rng.choice(OPENINGS), rng.choice(MEETINGS), PLOTS[plot], rng.choice(ENDINGS))
+    return Story(
+        one, other, plot, **words, text=" ".join(_filled(p, one, other, words) for p in parts)
+    )
+
+
+def _filled(part: str, one: Hero, other: Hero, words: dict[str, str]) -> str:
+    return part.format(
+        N=one.name,
+        a_hero=a(f"{one.virtue} {one.kind()}"),
+        a_virtue=a(f"{one.virtue} {one.animal}"),
+        kind=one.kind(),
+        animal=one.animal,
+        looks=one.looks(),
+        place=at(one.place),
+        F=other.name,
+        a_friend=a(other.kind()),
+        friend=other.animal,
+        wears=f" {other.name} had {a(other.colour)} coat." if other.is_child else "",
+        **words,
+    )
+
+
+OPENINGS = (
+    "Once upon a time there was {a_virtue} called {N}. {looks} and lived {place}.",
+    "Once there was {a_virtue} {place}. The name of the {animal} was {N}. {looks}.",
+    "{N} was {a_virtue}. {looks}. The {animal} lived {place}.",
+    "Long ago {a_virtue} lived {place}. The {animal} was called {N}. {looks}.",
+)
+MEETINGS = (
+    "One {weather} {day}, {N} met {a_friend} called {F}.{wears}",
+    "It was {day}, and it was {weather}. {N} went out and met {F}, {a_friend}.{wears}",
+    "On a {weather} {day} the {animal} met {a_friend}. The {friend} was called {F}.{wears}",
+)
+PLOTS = {
+    "lost": (
+        '{F} was sad. "I lost my {thing_colour} {thing}," said {F}. {N} looked and looked, and '
+        "found the {thing} {hiding}. {F} was very happy and gave {N} some {food}."
+    ),
+    "race": (
+        '"Let us run to the river," said {F}. They ran and ran. {N} was fast and won. '
+        "Then they ate some {food} together."
+    ),
+    "gift": (
+        '"I made some {food}," said {F}. "Are you hungry?" {N} said yes, and they ate together. '
+        "Then {N} gave {F} a {thing_colour} {thing}."
+    ),
+    "help": (
+        '"Help!" said {F}. "I can not get out!" {F} sat {hiding} and could not move. {N} came and '
+        "helped. {F} was free, and gave {N} some {food}."
+    ),
+}
+ENDINGS = (
+    "From that day on, {N} the {kind} and {F} the {friend} were good friends.",
+    "In the evening the {kind} went home and slept well. The end.",
+    "{N} and {F} were happy. What a good day for a {kind}!",
+    "So {N} the {animal} found a friend, and {F} did too. The end.",
+)
+
+
+# ── asking for a story ────────────────────────────────────────────────────────────────────────
+
+ASKED = (
+    "Tell me a story{about}.",
+    "Tell me a story{about}!",
+    "Can you tell me a story{about}?",
+    "Please tell me a story{about}.",
+    "I want to hear a story{about}.",
+    "Write a short story{about}.",
+    "Write a story{about}.",
+    "Tell a story{about}.",
+    "Make up a story{about}.",
+    "Once more, a story{about}, please.",
+    "Tell me a tale{about}.",
+    "Give me a story{about}.",
+)
+
+
+def tell(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Exchange, Story]:
+    """The user asks for a story, with more or less of a subject."""
+    one = hero(rng, held, known=known)
+    told = story(rng, held, one, known)
+    about, wishes = _subject(rng, one)
+    user = rng.choice(ASKED).format(about=about)
+    return Exchange("story", user, told.text, exact=False, wishes=wishes), told
+
+
+def _subject(rng: Random, one: Hero) -> tuple[str, tuple[str, ...]]:
+    """What of the hero is asked for, as words and as a list of them."""
+    kind = rng.random()
+    if kind < 0.15:
+        return "", ()
+    if kind < 0.25:
+        return f" about {one.name}", (one.name,)
+    wishes = [w for w in (one.virtue, one.colour) if rng.random() < 0.45]
+    if one.is_child:
+        wishes = [w for w in wishes if w != one.colour]
+    wishes.append(one.animal)
+    text = f" about {a(' '.join(wishes))}"
+    if rng.random() < 0.35:
+        text += f" {rng.choice(('called', 'named'))} {one.name}"
+        wishes.append(one.name)
+    if rng.random() < 0.35:
+        text += rng.choice((" who lives ", " ", " that lives ")) + at(one.place)
+        wishes.append(one.place)
+    return text, tuple(wishes)
+
+
+# ── questions about a story ───────────────────────────────────────────────────────────────────
+
+
+def ask(rng: Random, told: Story) -> Exchange:
+    """A question about the story."""
+    return rng.choice(QUESTIONS)(rng, told)
+
+
+def _someone(rng: Random, told: Story) -> Hero:
+    return told.hero if rng.random() < 0.65 else told.friend
+
+
+def ask_name(rng: Random, told: Story) -> Exchange:
+    one = _someone(rng, told)
+    forms = [
+        "What is the {0} called?",
+        "What is the name of the {0}?",
+        "What is the {0}'s name?",
+        "What was the {0} called?",
+        "Who is the {0}?",
+        "Do you remember the name of the {0}?",
+    ]
+    if one is told.hero:
+        forms += ["Who is the hero?", "What is the hero's name?", "Who is the story about?"]
+    user = rng.choice(forms).format(one.animal)
+    return Exchange("story: name", user, f"The {one.animal} is called {one.name}.", one.name)
+
+
+def ask_animal(rng: Random, told: Story) -> Exchange:
+    one = _someone(rng, told)
+    forms = ["What animal is {0}?", "What is {0}?", "What kind of animal is {0}?", "Who is {0}?"]
+    user = rng.choice(forms[1::2] if one.is_child else forms).format(one.name)
+    return Exchange("story: animal", user, f"{one.name} is {a(one.animal)}.", capital(one.animal))
+
+
+def ask_colour(rng: Random, told: Story) -> Exchange:
+    return colour_of(rng, _someone(rng, told), "story: colour")
+
+
+def colour_of(rng: Random, one: Hero, lesson: str) -> Exchange:
+    """What colour somebody is, by name or by kind; of a child, what colour its coat is."""
+    who = rng.choice((one.name, f"the {one.animal}"))
+    if one.is_child:
+        who += "'s coat"
+    forms = ("What colour is {0}?", "What color is {0}?", "What colour was {0}?")
+    answer = f"{capital(who)} is {one.colour}."
+    return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.colour))
+
+
+def ask_place(rng: Random, told: Story) -> Exchange:
+    return place_of(rng, told.hero, "story: place")
+
+
+def place_of(rng: Random, one: Hero, lesson: str) -> Exchange:
+    """Where somebody lives."""
+    who = rng.choice((one.name, f"the {one.animal}"))
+    forms = ("Where does {0} live?", "Where did {0} live?", "Where is the home of {0}?")
+    answer = f"{capital(who)} lives {at(one.place)}."
+    return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.place))
+
+
+def ask_met(rng: Random, told: Story) -> Exchange:
+    one, other = told.hero, told.friend
+    who = rng.choice((one.name, f"the {one.animal}"))
+    forms = ("Who did {0} meet?", "Whom did {0} meet?", "Who is the friend of {0}?")
+    answer = f"{capital(who)} met {other.name} the {other.animal}."
+    return Exchange("story: friend", rng.choice(forms).format(who), answer, other.name)
+
+
+def ask_weather(rng: Random, told: Story) -> Exchange:
+    forms = ("How was the weather?", "What was the weather like?", "How was the weather that day?")
+    answer = f"It was {told.weather}."
+    return Exchange("story: weather", rng.choice(forms), answer, capital(told.weather))
+
+
+def ask_day(rng: Random, told: Story) -> Exchange:
+    forms = ("What day was it?", "Which day was it?", "On which day did they meet?")
+    return Exchange("story: day", rng.choice(forms), f"It was {told.day}.", told.day)
+
+
+def ask_food(rng: Random, told: Story) -> Exchange:
+    if told.plot in ("race", "gift"):
+        forms = ("What did they eat?", "What did they eat together?")
+        return Exchange(
+            "story: food", rng.choice(forms), f"They ate some {told.food}.", capital(told.food)
+        )
+    user = rng.choice(("What did {0} give {1}?", "What did {1} get?", "What did {1} get from {0}?"))
+    user = user.format(told.friend.name, told.hero.name)
+    answer = f"{told.hero.name} got some {told.food}."
+    return Exchange("story: food", user, answer, capital(told.food))
+
+
+def ask_plot(rng: Random, told: Story) -> Exchange:
+    """What happened: another question for each plot."""
+    one, other = told.hero.name, told.friend.name
+    if told.plot == "race":
+        forms = ("Who won?", "Who was fast?", "Who won the race?")
+        return Exchange("story: plot", rng.choice(forms), f"{one} was fast and won.", one)
+    if told.plot == "help":
+        answer = f"{other} sat {told.hiding}."
+        return Exchange("story: plot", f"Where did {other} sit?", answer, _last(told.hiding))
+    if told.plot == "gift":
+        user = rng.choice(("What did {0} give {1}?", "What did {1} get?")).format(one, other)
+        answer = f"{other} got a {told.thing_colour} {told.thing}."
+        return Exchange("story: plot", user, answer, capital(told.thing))
+    return _ask_lost(rng, told)
+
+
+def _ask_lost(rng: Random, told: Story) -> Exchange:
+    thing, other = told.thing, told.friend.name
+    kind = rng.randrange(3)
+    if kind == 0:
+        answer = f"{other} lost a {told.thing_colour} {thing}."
+        return Exchange("story: plot", f"What did {other} lose?", answer, capital(thing))
+    if kind == 1:
+        user = rng.choice((f"Where was the {thing}?", f"Where did they find the {thing}?"))
+        return Exchange("story: plot", user, f"The {thing} was {told.hiding}.", _last(told.hiding))
+    user = rng.choice((f"What colour is the {thing}?", f"What color was the {thing}?"))
+    answer = f"The {thing} is {told.thing_colour}."
+    return Exchange("story: plot", user, answer, capital(told.thing_colour))
+
+
+def _last(words: str) -> str:
+    return capital(words.split()[-1])
+
+
+def ask_whether(rng: Random, told: Story) -> Exchange:
+    """Yes or no: is he that, does he live there?"""
+    one = told.hero
+    if rng.random() < 0.5:
+        other = rng.choice((one.animal, told.friend.animal, rng.choice(ANIMALS)))
+        user, right = f"Is {one.name} {a(other)}?", other == one.animal
+        answer = f"{one.name} is {a(one.animal)}."
+    else:
+        other = rng.choice((one.place, rng.choice(list(PLACES))))
+        user, right = f"Does {one.name} live {at(other)}?", other == one.place
+        answer = f"{one.name} lives {at(one.place)}."
+    word = "Yes" if right else "No"
+    return Exchange("story: whether", user, f"{word}, {answer}", word)
+
+
+QUESTIONS = (
+    (ask_name,) * 3
+    + (ask_animal,) * 2
+    + (ask_colour,) * 3
+    + (ask_place,) * 2
+    + (ask_met, ask_weather, ask_day, ask_food, ask_plot, ask_plot, ask_whether)
+)
+
+
+# ── what the user tells, and asks about at once ───────────────────────────────────────────────
+
+LIVES = (
+    "{N} is {a_kind} and lives {place}.",
+    "{A_kind} called {N} lives {place}.",
+    "There is {a_kind} {place}. It is called {N}.",
+    "{Place} lives {a_kind} called {N}.",
+)
+
+
+def passage(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Exchange, list[Hero]]:
+    """One to three animals (a child would be no "it") in a few words, and a question about one."""
+    heroes: list[Hero] = []
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        heroes.append(hero(rng, held, heroes, known, ANIMALS))
+    text = " ".join(_lives(rng, one) for one in heroes)
+    asked = _about(rng, rng.choice(heroes))
+    said = Exchange("passage", f"{text} {asked.user}", asked.answer, asked.word)
+    return said, heroes
+
+
+def _lives(rng: Random, one: Hero) -> str:
+    return rng.choice(LIVES).format(
+        N=one.name,
+        a_kind=a(one.kind()),
+        A_kind=capital(a(one.kind())),
+        place=at(one.place),
+        Place=capital(at(one.place)),
+    )
+
+
+def _about(rng: Random, one: Hero) -> Exchange:
+    kind = rng.randrange(5)
+    if kind == 0:
+        return colour_of(rng, one, "passage")
+    if kind == 1:
+        return place_of(rng, one, "passage")
+    if kind == 2:
+        user = rng.choice(("What is the {0} called?", "What is the name of the {0}?"))
+        answer = f"The {one.animal} is called {one.name}."
+        return Exchange("passage", user.format(one.animal), answer, one.name)
+    if kind == 3:
+        user = rng.choice(("What animal is {0}?", "What is {0}?")).format(one.name)
+        return Exchange("passage", user, f"{one.name} is {a(one.animal)}.", capital(one.animal))
+    answer = f"{one.name} the {one.animal} lives {at(one.place)}."
+    return Exchange("passage", f"Who lives {at(one.place)}?", answer, one.name)

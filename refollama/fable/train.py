@@ -1,0 +1,320 @@
+"""How is fable made?  `python -m refollama.fable.train text`
+
+    step ──► batch: conversations, packed into rows ──► the net ──► loss on the answers
+      ▲                                                                 │
+      └──────────────── AdamW: weights a little better ◄────────────────┘
+
+A batch is a function of seed and step alone, so a run that was stopped goes on as if it had not
+been. At the end the weights are packed and written as a GGUF file, by which fable runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional
+
+from refollama.fable.lessons import conversation
+from refollama.fable.net import CONTEXT, new_net, packed, read, sizes, weights
+from refollama.fable.vocabulary import ASSISTANT, TEMPLATE, learn, written
+from refollama.models.llama import Llama
+from refollama.text.spm import SpmTokenizer
+from refollama.weights.gguf import Typed, write_gguf
+
+FULL = 0.96  # of a batch that conversations fill on average
+WARM_UP = 200  # steps; the first gradients are the wildest
+FLOOR = 0.02  # of the peak: the rate at the very end
+CLIP = 1.0  # no step follows a gradient longer than this
+DECAY = 0.05  # of matrices, each step, times the rate
+BETAS = (0.9, 0.95)
+SAVED_EVERY = 120.0  # seconds
+NO_TARGET = -100
+Q8_0_FILE = 7  # `general.file_type`
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that decides what is learned, apart from the code."""
+
+    seed: int = 0
+    steps: int = 7000
+    rows: int = 8  # of CONTEXT tokens each, in a batch
+    rate: float = 3e-3  # of learning, at its peak
+
+
+# ── data ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Batch(NamedTuple):
+    """(rows, CONTEXT) each: tokens, the number of each token's conversation, what comes next.
+
+    Next is NO_TARGET wherever the user speaks: fable learns to answer, not to ask.
+    """
+
+    tokens: Tensor
+    conversations: Tensor
+    targets: Tensor
+
+
+def batch(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Batch:
+    """The batch of this step: whole conversations, the longest placed first, where they fit."""
+    rows: list[list[list[int]]] = [[] for _ in range(plan.rows)]
+    room = [CONTEXT] * plan.rows
+    for ids in sorted(_conversations(plan, tokenizer, step), key=len, reverse=True):
+        fits = [row for row in range(plan.rows) if room[row] >= len(ids)]
+        if not fits:
+            continue
+        row = min(fits, key=lambda at: room[at])
+        rows[row].append(ids)
+        room[row] -= len(ids)
+    return Batch(*(torch.stack(part) for part in zip(*map(_row(tokenizer), rows), strict=True)))
+
+
+def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[list[int]]:
+    """As many as fill most of a batch.  A million numbers belong to each step."""
+    left, index = FULL * plan.rows * CONTEXT, step * 1_000_000
+    while left > 0:
+        ids = tokenizer.encode(written(conversation(plan.seed, index)), bos=True, special=True)
+        left, index = left - len(ids), index + 1
+        if left >= 0 and len(ids) <= CONTEXT:
+            yield ids
+
+
+def _row(tokenizer: SpmTokenizer) -> Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]]:
+    [begins] = tokenizer.encode(ASSISTANT, special=True)
+
+    def row(talks: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, numbers, targets = [], [], []
+        for number, ids in enumerate(talks):
+            tokens += ids
+            numbers += [number] * len(ids)
+            targets += _answers(ids, begins, tokenizer.eos_ids)
+        empty = CONTEXT - len(tokens)
+        return (
+            torch.tensor(tokens + [0] * empty),
+            torch.tensor(numbers + [-1] * empty),
+            torch.tensor(targets + [NO_TARGET] * empty),
+        )
+
+    return row
+
+
+def _answers(ids: list[int], begins: int, ends: frozenset[int]) -> list[int]:
+    """For each token the one after it, if that belongs to an answer or ends one."""
+    targets, answering = [], False
+    for id, following in zip(ids, [*ids[1:], NO_TARGET], strict=True):
+        answering = id == begins or (answering and id not in ends)
+        targets.append(following if answering else NO_TARGET)
+    return targets
+
+
+# ── learning ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Training:
+    """A run: the net, its optimiser, and how far it has come."""
+
+    def __init__(self, plan: Plan, *, compiled: bool = False, device: str = "cpu") -> None:
+        self.plan, self.device = plan, device
+        self.metadata = {"general.architecture": "llama", **sizes(), **learn(plan.seed)}
+        self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
+        self.net = new_net(self.metadata, self.tokenizer.vocab_size, seed=plan.seed, device=device)
+        self.optimizer = _optimizer(self.net, plan.rate)
+        self.read = torch.compile(read) if compiled else read
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+
+    def advance(self, progress: float) -> float:
+        """One step, at this part of the way (0 to 1).  → its loss, in nats a token"""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * rate_at(self.step, progress)
+        loss = self.loss(batch(self.plan, self.tokenizer, self.step))
+        with _same_order(strict=self.device == "cpu"):
+            torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(weights(self.net).values(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.losses.append(round(loss.item(), 4))
+        return self.losses[-1]
+
+    def loss(self, given: Batch) -> Tensor:
+        """How surprising the answers are, in nats a token; logits of nothing else are computed."""
+        tokens, conversations, targets = (part.to(self.device) for part in given)
+        asked = targets != NO_TARGET
+        hidden = self.read(self.net, tokens, conversations)[asked]  # (n, d_model)
+        return functional.cross_entropy(self.net.output(hidden), targets[asked])
+
+    def save(self, path: Path) -> None:
+        """All that going on needs; the old file stays until the new one is whole."""
+        state = {
+            "plan": asdict(self.plan),
+            "weights": {name: w.detach() for name, w in weights(self.net).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a file of `save`.  Raises: ValueError if another plan made it."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["plan"] != asdict(self.plan):
+            raise ValueError(f"{path} was made by another plan: {state['plan']}")
+        with torch.no_grad():
+            for name, weight in weights(self.net).items():
+                weight.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+    def write(self, path: Path) -> None:
+        """The model as a GGUF file, matrices packed as Q8_0."""
+        about = {
+            "general.name": "fable",
+            "general.license": "mit",
+            "general.file_type": Q8_0_FILE,
+        }
+        write_gguf(path, self.metadata | about, packed(self.net))
+
+
+@contextmanager
+def _same_order(*, strict: bool) -> Iterator[None]:
+    """Threads add up the gradients of an embedding in any order, unless they are told not to."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def rate_at(step: int, progress: float) -> float:
+    """The rate, as a part of its peak: up in a line, then down along half a cosine."""
+    down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return min(1.0, (step + 1) / WARM_UP) * down
+
+
+def _optimizer(net: Llama, rate: float) -> torch.optim.Optimizer:
+    """Matrices decay; norms do not."""
+    matrices = [w for w in weights(net).values() if w.dim() == 2]
+    norms = [w for w in weights(net).values() if w.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": DECAY},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+
+
+def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Values as a reader of the file would find them."""
+    return {key: v.value if isinstance(v, Typed) else v for key, v in metadata.items()}
+
+
+# ── the command ───────────────────────────────────────────────────────────────────────────────
+
+MODELFILE = f'''FROM ./fable.gguf
+TEMPLATE """{TEMPLATE}"""
+PARAMETER temperature 0.2
+PARAMETER repeat_penalty 1
+PARAMETER num_ctx {CONTEXT}
+'''
+
+
+def run(training: Training, minutes: float, folder: Path) -> None:
+    """Learn until the plan's steps or the minutes are over, then write the model."""
+    checkpoint, saved = folder / "fable.checkpoint", time.monotonic()
+    plan, limit = training.plan, minutes * 60
+    with _bar() as bar:
+        task = bar.add_task("fable", total=plan.steps, loss=math.nan, speed=0.0)
+        while training.step < plan.steps and training.seconds < limit:
+            start = time.monotonic()
+            training.advance(max(training.step / plan.steps, training.seconds / limit))
+            training.seconds += time.monotonic() - start
+            recent = training.losses[-50:]
+            speed = training.step * plan.rows * CONTEXT * FULL / training.seconds
+            bar.update(
+                task,
+                completed=training.step,
+                loss=sum(recent) / len(recent),
+                speed=speed,
+            )
+            if time.monotonic() - saved > SAVED_EVERY:
+                training.save(checkpoint)
+                saved = time.monotonic()
+    training.save(checkpoint)
+    training.write(folder / "fable.gguf")
+    (folder / "Modelfile").write_text(MODELFILE)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description} {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; their help is a lesson in what they do."""
+    found = argparse.ArgumentParser(
+        prog="python -m refollama.fable.train",
+        description="Train fable from nothing: make its conversations from a seed, learn a "
+        "vocabulary and then the answers, and write a GGUF file that refollama runs.",
+        epilog="Stopped with Ctrl-C or by a power cut, it goes on with --resume where it was last "
+        "saved, and ends in the same weights.",
+    )
+    found.add_argument("what", choices=["text"], help="text: fable, which talks")
+    plan = Plan()
+    found.add_argument("--seed", type=int, default=plan.seed, help="of data and first weights")
+    found.add_argument(
+        "--steps", type=int, default=plan.steps, help=f"batches to learn from ({plan.steps})"
+    )
+    found.add_argument(
+        "--rate", type=float, default=plan.rate, help=f"of learning, at its peak ({plan.rate})"
+    )
+    found.add_argument(
+        "--minutes",
+        type=float,
+        default=90.0,
+        help="the most it may take (90): the rate of learning falls so that it ends in time; if "
+        "the steps end first, which they should, time does not matter and the run is exact",
+    )
+    found.add_argument("--out", type=Path, default=Path("fable"), help="folder to write into")
+    found.add_argument("--resume", action="store_true", help="go on where a run was last saved")
+    found.add_argument("--compile", action="store_true", help="by torch.compile: needs a compiler")
+    found.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch chooses")
+    found.add_argument("--device", default="cpu", help='"cuda" for a GPU (cpu)')
+    return found
+
+
+def main() -> None:
+    """The command."""
+    given = parser().parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(seed=given.seed, steps=given.steps, rate=given.rate)
+    training = Training(plan, compiled=given.compile, device=given.device)
+    if given.resume:
+        training.resume(given.out / "fable.checkpoint")
+    run(training, given.minutes, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What is trained is what runs."""
+
+import pytest
+import torch
+
+from refollama.fable.net import Lesson, new_net, packed, read, sizes, weights
+from refollama.models.load import load_net
+from refollama.weights.gguf import write_gguf
+from tests.tiny import TOKENS, tokenizer
+
+SMALL = {
+    "block_count": 2,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "rope.dimension_count": 16,
+}
+METADATA = {"general.architecture": "llama", **sizes(**SMALL), **tokenizer()}
+
+
+@pytest.fixture
+def learner():
+    return new_net(METADATA, len(TOKENS), seed=3)
+
+
+def logits(net, tokens):
+    """After every token, by the plain path."""
+    positions = torch.arange(tokens.shape[1])[None]
+    cache = net.new_cache().rows([0], tokens.shape[1])
+    return net.output(net.hidden(tokens, positions, cache))
+
+
+@pytest.mark.parametrize(("type", "near"), [("F32", 1e-4), ("Q8_0", 0.05)])
+@torch.no_grad()
+def test_the_file_that_is_written_gives_the_logits_that_were_learned(tmp_path, learner, type, near):
+    path = tmp_path / "learned.gguf"
+    write_gguf(path, METADATA, packed(learner, type))
+    tokens = torch.randint(0, len(TOKENS), (1, 40), generator=torch.Generator().manual_seed(0))
+    ours = learner.output(read(learner, tokens, torch.zeros_like(tokens)))
+    theirs = logits(load_net(path), tokens)
+    assert (ours - theirs).abs().max() < near
+    assert ours.std() > 5 * near
+
+
+@torch.no_grad()
+def test_conversations_of_one_row_do_not_see_each_other(learner):
+    rng = torch.Generator().manual_seed(1)
+    one, two, other = (torch.randint(0, len(TOKENS), (1, 12), generator=rng) for _ in range(3))
+    numbers = torch.tensor([[0] * 12 + [1] * 12])
+    first = read(learner, torch.cat((one, two), 1), numbers)
+    second = read(learner, torch.cat((other, two), 1), numbers)
+    torch.testing.assert_close(first[:, 12:], second[:, 12:], atol=1e-5, rtol=1e-5)
+    alone = read(learner, two, torch.zeros_like(two))
+    torch.testing.assert_close(first[:, 12:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_every_weight_learns_and_the_output_is_the_embedding(learner):
+    tokens = torch.arange(20)[None]
+    learner.output(read(learner, tokens, torch.zeros_like(tokens))).square().sum().backward()
+    found = weights(learner)
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in found.values())
+    assert set(found) == set(packed(learner))
+    assert learner.output.weight is learner.token_embd.weight
+
+
+def test_a_seed_decides_the_first_weights():
+    one, two = (weights(new_net(METADATA, 50, seed=seed)) for seed in (5, 5))
+    other = weights(new_net(METADATA, 50, seed=6))
+    name = "blk.1.ffn_up.weight"
+    assert torch.equal(one[name], two[name])
+    assert not torch.equal(one[name], other[name])
+
+
+def test_a_lesson_shows_what_came_before_and_no_more():
+    visible = Lesson(torch.tensor([[0, 0, 1, 1]])).visible[0, 0]
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert visible.int().tolist() == expected

@@ -1,0 +1,116 @@
+"""A run is decided by its plan: the same batches, and, stopped and resumed, the same weights."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import refollama
+from refollama.fable import train
+from refollama.fable.net import CONTEXT, sizes, weights
+from refollama.fable.train import NO_TARGET, Plan, Training, batch, parser, rate_at
+from refollama.fable.vocabulary import ASSISTANT
+
+PLAN = Plan(rows=2, steps=8)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(words):
+    one, again, other = (batch(PLAN, words, step) for step in (4, 4, 5))
+    assert all(map(torch.equal, one, again))
+    assert not torch.equal(one.tokens, other.tokens)
+    assert not torch.equal(one.tokens, batch(replace(PLAN, seed=1), words, 4).tokens)
+    assert one.tokens.shape == one.conversations.shape == one.targets.shape == (2, CONTEXT)
+
+
+def test_a_batch_is_nearly_full_of_whole_conversations(words):
+    full = []
+    for step in range(6):
+        given = batch(Plan(), words, step)
+        full.append((given.conversations >= 0).float().mean().item())
+        starts = given.tokens == words.bos_id
+        counts = given.conversations.max(dim=1).values + 1
+        assert torch.equal(starts.sum(1), counts)
+    assert sum(full) / len(full) > 0.9
+
+
+def test_answers_are_what_is_to_be_learned_and_their_ends(words):
+    """From the mark of the assistant to the end of its turn, and nothing of the user's."""
+    given = batch(PLAN, words, 0)
+    [begins] = words.encode(ASSISTANT, special=True)
+    for tokens, targets in zip(given.tokens.tolist(), given.targets.tolist(), strict=True):
+        answering, expected = False, []
+        for id, following in itertools.pairwise([*tokens, 0]):
+            answering = (answering and id not in words.eos_ids) or id == begins
+            expected.append(following if answering else NO_TARGET)
+        assert targets == expected
+
+
+def test_the_rate_rises_then_falls():
+    rates = [rate_at(step, step / 1000) for step in range(1001)]
+    assert max(rates) > 0.9
+    assert rates[0] < 0.01
+    assert rates == [*sorted(rates[:190]), *rates[190:]]
+    assert rates[300:] == sorted(rates[300:], reverse=True)
+    assert rates[-1] < 0.03
+
+
+def test_the_help_says_what_the_options_do():
+    text = parser().format_help()
+    for option in ("--seed", "--minutes", "--resume", "--out", "--compile", "--device"):
+        assert option in text
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Runs of a net that takes no time."""
+    little = sizes(block_count=1, embedding_length=64, feed_forward_length=64)
+    little |= {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
+    little |= {"llama.rope.dimension_count": 32}
+    monkeypatch.setattr(train, "sizes", lambda: little)
+
+
+def steps(run, count):
+    for _ in range(count):
+        run.advance(run.step / run.plan.steps)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, small):
+    whole, first, second = Training(PLAN), Training(PLAN), Training(PLAN)
+    steps(whole, 6)
+    steps(first, 3)
+    first.save(tmp_path / "stopped")
+    second.resume(tmp_path / "stopped")
+    steps(second, 3)
+    assert second.losses == whole.losses
+    theirs = weights(second.net)
+    assert all(torch.equal(w, theirs[name]) for name, w in weights(whole.net).items())
+    with pytest.raises(ValueError, match="another plan"):
+        Training(replace(PLAN, steps=9)).resume(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_it_learns_and_what_it_wrote_can_be_talked_to(tmp_path, small):
+    run = Training(replace(PLAN, steps=60, rate=1e-2))
+    train.run(run, minutes=1, folder=tmp_path)
+    assert sum(run.losses[-5:]) < 0.9 * sum(run.losses[:5])
+    llm = refollama.load(tmp_path / "fable.gguf")
+    answer, record = llm.chat([{"role": "user", "content": "Hello!"}], {"num_predict": 8})
+    assert isinstance(answer, str)
+    assert record.done_reason in ("stop", "length")
+    assert "FROM ./fable.gguf" in (tmp_path / "Modelfile").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_resumes(tmp_path):
+    command = [sys.executable, "-m", "refollama.fable.train", "text", "--threads", "1"]
+    command += ["--out", str(tmp_path), "--steps"]
+    subprocess.run([*command, "1"], check=True, capture_output=True)
+    before = torch.load(tmp_path / "fable.checkpoint", weights_only=True)
+    subprocess.run([*command, "1", "--resume"], check=True, capture_output=True)
+    after = torch.load(tmp_path / "fable.checkpoint", weights_only=True)
+    assert before["losses"] == after["losses"]
+    assert (tmp_path / "fable.gguf").stat().st_size < 4_500_000
