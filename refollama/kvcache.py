@@ -72,6 +72,12 @@ class KVCache:
             tensor[slot, :, start : self._used[slot]].zero_()
         self._used[slot] = min(start, self._used[slot])
 
+    def copy(self, source: int, slot: int, end: int) -> None:
+        """Positions 0 … end − 1 of another slot, as this one's beginning."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, :end] = tensor[source, :, :end]
+        self._used[slot] = max(self._used[slot], end)
+
     def shift(
         self, slot: int, start: int, stop: int, end: int, turn: Callable[[Tensor], Tensor]
     ) -> None:

@@ -95,6 +95,20 @@ def test_clear_forgets_what_is_behind_a_place():
     assert cache.keys[0][1, 0, :7, 0].tolist() == [0, 1, 2, 3, 4, 5, 0]
 
 
+def test_a_slot_begins_as_another_one_does():
+    cache = KVCache([(2, 3, 3)] * 2, slots=2, dtype=torch.float16)
+    for slot, layer in [(0, 0), (0, 1), (1, 0)]:
+        put(cache, slot, 0, 6, layer)
+    cache.clear(1)
+    cache.copy(0, 1, 4)
+    for layer in (0, 1):
+        for tensor in (cache.keys[layer], cache.values[layer]):
+            assert torch.equal(tensor[1, :, :4], tensor[0, :, :4])
+            assert not tensor[1, :, 4:].any() and tensor[0, 1, 5].any()
+    cache.clear(1)
+    assert not cache.keys[0][1].any() and cache.keys[0][0].any()
+
+
 def test_each_layer_has_sizes_of_its_own():
     cache = KVCache([(2, 3, 5), (1, 4, 2)])
     for layer, (heads, key, value) in enumerate([(2, 3, 5), (1, 4, 2)]):

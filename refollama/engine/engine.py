@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from refollama.engine import limits
 from refollama.engine.net import Net, state
 from refollama.engine.scheduler import Scheduler
-from refollama.engine.sequence import NO_EXTRAS, NO_MARKS, End, Extras, Marks, Sequence
+from refollama.engine.sequence import NO_EXTRAS, NO_MARKS, End, Extras, Marks, Read, Sequence
 from refollama.errors import Abandoned, RefollamaError, Stopping
 from refollama.kvcache import KVCache
 from refollama.options import Options
@@ -85,13 +85,13 @@ class Engine:
         if seq.limit == 0:  # num_predict 0: the prompt is not even read
             seq.done_reason = "length"
             seq.finish()
-            return Stream(self, seq, extras.gone)
+            return Stream(self, seq)
         with self._changed:
             if self._closed:
                 raise _unloaded()
             self._scheduler.add(seq)
             self._changed.notify()
-        return Stream(self, seq, extras.gone)
+        return Stream(self, seq)
 
     def _sequence(self, whole: list[int], options: Options, extras: Extras) -> Sequence:
         n_ctx = limits.context(options, self.net.n_ctx)
@@ -99,7 +99,7 @@ class Engine:
         prompt = limits.cut(whole, keep, n_ctx) if extras.truncate else whole
         sampler = Sampler(
             options,
-            prompt,
+            extras.words(prompt),
             n_ctx=n_ctx,
             newline=self.marks.newline,
             grammar=extras.grammar,
@@ -113,7 +113,7 @@ class Engine:
             n_ctx=n_ctx,
             keep=keep,
             dropped=len(whole) - len(prompt),
-            logprobs=extras.logprobs,
+            extras=extras,
         )
 
     def forget(self) -> None:
@@ -183,21 +183,23 @@ class Engine:
                     return None
                 if self._scheduler.can_admit:
                     self._scheduler.slots.trust(state(self.net))
-                for seq in self._scheduler.admit():
-                    self._welcome(seq)
+                    self._welcome(*self._scheduler.admit())
                 self._dismiss()
                 if step := self._scheduler.next_step():
                     return step
                 self._changed.wait()
 
-    def _welcome(self, seq: Sequence) -> None:
+    def _welcome(self, seq: Sequence, source: int) -> None:
+        """Make its slot ready: what it has read already is in the slot `source`."""
         assert seq.slot is not None
+        seq.started = time.perf_counter_ns()
         try:
+            if source != seq.slot:
+                self._cache.copy(source, seq.slot, seq.cached)
             self._cache.clear(seq.slot, seq.cached)
         except Exception as error:
-            log.exception("a slot of the cache could not be cleared")
+            log.exception("a slot of the cache could not be made ready")
             seq.fail(_because(error))
-        seq.started = time.perf_counter_ns()
 
     def _dismiss(self) -> None:
         """Let go of those who are done; of all, if the engine is closing."""
@@ -276,10 +278,9 @@ def _because(error: Exception) -> RefollamaError:
 class Stream:
     """The tokens of one answer, as they are drawn. Use it in a `with`, or close it."""
 
-    def __init__(self, engine: Engine, sequence: Sequence, gone: Callable[[], bool]) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self._engine = engine
         self._finished = False
-        self._gone = gone
         self._looked = time.monotonic()
         self.sequence = sequence
 
@@ -287,27 +288,39 @@ class Stream:
         return self
 
     def __next__(self) -> int:
-        if self._finished:
-            raise StopIteration
-        item = self._next()
-        if not isinstance(item, End):
-            return item
-        self._finished = True
-        if item.error is not None:
-            raise item.error
+        for item in self.items():
+            if isinstance(item, int):
+                return item
         raise StopIteration
 
-    def _next(self) -> int | End:
+    def items(self) -> Iterator[int | Read | None]:
+        """The tokens and, where that is asked for, how much of the prompt has been read.
+
+        None: there is nothing at this moment, and `extras.bell` will ring.
+        """
+        while not self._finished:
+            item = self._next()
+            if not isinstance(item, End):
+                yield item
+                continue
+            self._finished = True
+            if item.error is not None:
+                raise item.error
+
+    def _next(self) -> int | Read | End | None:
         """The next item; now and then, whether it comes or not, a look at who is waiting for it."""
+        waits = self.sequence.extras.bell is None
         while True:
             if time.monotonic() - self._looked >= LOOK_AROUND:
                 self._look()
             with contextlib.suppress(queue.Empty):
-                return self.sequence.outbox.get(timeout=LOOK_AROUND)
+                return self.sequence.outbox.get(waits, LOOK_AROUND)
+            if not waits:
+                return None
 
     def _look(self) -> None:
         self._looked = time.monotonic()
-        if self._gone():
+        if self.sequence.extras.gone():
             self.close()
             raise Abandoned("whoever asked has gone")
 

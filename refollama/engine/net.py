@@ -62,7 +62,7 @@ class State:
     __hash__ = None  # type: ignore[assignment]
 
 
-def state(net: Net) -> object:
+def state(net: Net | nn.Module) -> object:
     """Something that is equal as long as the net computes the same; None if nobody can know.
 
     A notebook that hooks a layer, swaps it, or lets torch write into a weight must not get an

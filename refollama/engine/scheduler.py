@@ -33,19 +33,23 @@ class Scheduler:
 
     @property
     def can_admit(self) -> bool:
-        """Is there somebody who waits, and a slot for them?"""
-        return bool(self.slots and self.waiting)
+        """Is there somebody who waits, a slot for them, and nobody who reads?
 
-    def admit(self) -> list[Sequence]:
-        """Give the free slots to those who wait longest; returns the newcomers."""
-        new = []
-        while self.can_admit:
-            seq = self.waiting.popleft()
-            seq.slot, seq.cached = self.slots.take(seq.prompt)
-            seq.seen(seq.cached)
-            self.running.append(seq)
-            new.append(seq)
-        return new
+        Prompts are read one after another anyway; who comes in later can use what was read before.
+        """
+        return bool(self.slots and self.waiting) and not any(seq.reading for seq in self.running)
+
+    def admit(self) -> tuple[Sequence, int]:
+        """Give a free slot to the one who waits longest; it, and the slot that its beginning is in.
+
+        To be called if `can_admit` only.
+        """
+        seq = self.waiting.popleft()
+        held = {each.slot: each.held for each in self.running if each.slot is not None}
+        seq.slot, seq.cached, source = self.slots.take(seq.prompt, held)
+        seq.seen(seq.cached)
+        self.running.append(seq)
+        return seq, source
 
     def next_step(self) -> list[Sequence]:
         """One sequence that reads its prompt, or all that write; [] if there is nothing to do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from refollama.options import Options
+from refollama.pictures import Seen
 from refollama.sampling.chain import Grammar, Sampler, Watch
 
 
@@ -35,8 +37,17 @@ class Extras:
     truncate: bool = True  # a prompt that does not fit is cut; else it is an error
     shift: bool = True  # when the context is full, forget part of it and go on
     logprobs: int | None = None  # note each token's log-probability, and that of the best so many
+    named: tuple[int, ...] = ()  # and, in each place, that of these tokens
     grammar: Grammar | None = None  # what the answer may be; it ends when it is complete
     on_stage: Watch | None = None  # is shown what each stage of the sampler does
+    spelled: frozenset[int] = frozenset()  # control tokens whose spelling is shown: marks of calls
+    progress: bool = False  # tell how much of the prompt has been read
+    bell: threading.Event | None = None  # rings when there is something to hear; nobody waits then
+    pictures: tuple[Seen, ...] = ()  # what ids behind the vocabulary stand for, while it runs
+
+    def words(self, ids: list[int]) -> list[int]:
+        """The ids of text alone, without those of pictures."""
+        return [id for id in ids if not any(id in picture.ids for picture in self.pictures)]
 
 
 NO_MARKS, NO_EXTRAS = Marks(), Extras()
@@ -49,6 +60,14 @@ class Logprob:
     id: int
     logprob: float
     best: tuple[tuple[int, float], ...] = ()  # ids and log-probabilities, the likeliest first
+    named: tuple[tuple[int, float], ...] = ()  # of the tokens that were asked for, in that order
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """So many tokens of the prompt have been read."""
+
+    tokens: int
 
 
 class End:
@@ -69,7 +88,7 @@ class Sequence:
     n_ctx: int  # tokens that its context holds
     keep: int = 0  # of those, so many stay when the context is full
     dropped: int = 0  # tokens by which the prompt was cut
-    logprobs: int | None = None  # see Extras
+    extras: Extras = NO_EXTRAS
 
     read: int = 0  # tokens of the prompt that the model has seen
     length: int = 0  # places of the cache that are taken
@@ -82,7 +101,7 @@ class Sequence:
     cancelled: bool = False
     done_reason: str = ""  # "stop": the model ended; "length": the limit did; "" while running
 
-    outbox: queue.SimpleQueue[int | End] = field(default_factory=queue.SimpleQueue)
+    outbox: queue.SimpleQueue[int | Read | End] = field(default_factory=queue.SimpleQueue)
     started: int = 0  # when its prompt began to be read
     prompt_read: int = 0  # when its first token was drawn
     ended: int = 0
@@ -122,25 +141,34 @@ class Sequence:
 
     def seen(self, count: int) -> None:
         """The model has seen so many more tokens."""
+        reads = self.reading
         self.length += count
         self.read = min(self.read + count, len(self.prompt))
+        if reads and self.extras.progress:
+            self.tell(Read(self.read))
 
     def choose(self, logits: Tensor, eos: frozenset[int]) -> None:
         """Draw the next token, hand it out, and see whether it was the last.  (V,) →"""
         token = self.sampler(logits)
         now = time.perf_counter_ns()
         self.prompt_read = self.prompt_read or now
-        if self.logprobs is not None:
-            self.likely.append(logprob(logits, token, self.logprobs))
+        if self.extras.logprobs is not None:
+            self.likely.append(logprob(logits, token, self.extras.logprobs, self.extras.named))
         if token in eos:
             self.done_reason = "stop"
             return
         self.answer.append(token)
-        self.outbox.put(token)
+        self.tell(token)
         if self.sampler.complete:
             self.done_reason = "stop"
         elif len(self.answer) >= self.limit:
             self.done_reason = "length"
+
+    def tell(self, item: int | Read | End) -> None:
+        """Hand something out."""
+        self.outbox.put(item)
+        if self.extras.bell is not None:
+            self.extras.bell.set()
 
     def fail(self, error: BaseException) -> None:
         """It cannot go on, for a reason of its own."""
@@ -151,12 +179,13 @@ class Sequence:
     def finish(self, error: BaseException | None = None) -> None:
         """Nothing more will come."""
         self.ended = time.perf_counter_ns()
-        self.outbox.put(End(error))
+        self.tell(End(error))
 
 
-def logprob(logits: Tensor, token: int, count: int) -> Logprob:
-    """The log-probability of a token, and the `count` best ones.  (V,) →"""
+def logprob(logits: Tensor, token: int, count: int, named: tuple[int, ...] = ()) -> Logprob:
+    """The log-probability of a token, the `count` best ones, and those of some others.  (V,) →"""
     values = logits.to("cpu").double().log_softmax(0)
     best = values.topk(min(count, len(values)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Logprob(token, float(values[token]), tuple(pairs))
+    asked = zip(named, values[list(named)].tolist(), strict=True)
+    return Logprob(token, float(values[token]), tuple(pairs), tuple(asked))

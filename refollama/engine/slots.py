@@ -4,13 +4,25 @@
     slot 1   Once upon a time                                          only its end must be read
 
 A slot remembers the tokens whose keys and values it holds, also after their sequence has ended.
-What a new prompt shares with them, from the beginning on, need not be read again. That is no
-approximation: a token's keys depend on the tokens before it alone.
+What a new prompt shares with them, from the beginning on, need not be read again; from a slot that
+is in use it is copied. That is no approximation: a token's keys depend on the tokens before it
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+NOBODY: Mapping[int, Sequence[int]] = {}
+
+
+class Place(NamedTuple):
+    """A slot for a prompt, how many of its tokens need not be read, and the slot that has them."""
+
+    slot: int
+    cached: int
+    source: int
 
 
 class Slots:
@@ -25,17 +37,23 @@ class Slots:
     def __bool__(self) -> bool:
         return bool(self._free)
 
-    def take(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The free slot that holds most of this prompt, and how many of its tokens that are.
+    def take(self, prompt: Sequence[int], others: Mapping[int, Sequence[int]] = NOBODY) -> Place:
+        """The free slot that holds most of this prompt, or one to copy it into.
 
+        others: what slots that are in use hold; one that holds more of the prompt is copied from.
         At least one token is left to read: it is what the first draw needs. Of equals, the slot
         that was left longest ago is given away.
         """
-        shared = {slot: common(tokens, prompt[:-1]) for slot, tokens in self._free.items()}
-        slot = max(shared, key=lambda each: shared[each])
-        del self._free[slot]
-        self._taken[slot] = self._epoch
-        return slot, shared[slot]
+        known = prompt[:-1]
+        best = source = max(self._free, key=lambda slot: common(self._free[slot], known))
+        cached = common(self._free[best], known)
+        for slot, tokens in others.items():
+            shared = common(tokens, known)
+            if shared > cached and self._taken[slot] == self._epoch:
+                best, cached, source = next(iter(self._free)), shared, slot
+        del self._free[best]
+        self._taken[best] = self._epoch
+        return Place(best, cached, source)
 
     def give_back(self, slot: int, tokens: Sequence[int] = ()) -> None:
         """The slot is free again, and holds these tokens, unless an epoch has ended meanwhile."""

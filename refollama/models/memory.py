@@ -25,6 +25,8 @@ from torch import Tensor
 
 from refollama.errors import BadOption
 from refollama.models.llama import Llama
+from refollama.models.llava import Llava
+from refollama.models.meter import Count, unheard
 from refollama.options import Options
 
 log = logging.getLogger(__name__)
@@ -49,16 +51,22 @@ class Placement(NamedTuple):
         return wanted
 
 
-def place(net: Llama, path: Path, wanted: Placement) -> None:
+def passes(wanted: Placement) -> int:
+    """How often `place` goes through the weights."""
+    return int(wanted.numa or not wanted.use_mmap) + bool(wanted.num_gpu)
+
+
+def place(net: Llama, path: Path, wanted: Placement, count: Count = unheard) -> None:
     """Put the weights of a net, which are mapped from the file at `path`, where they are wanted.
 
+    count: is told the bytes of what was put somewhere.
     What this machine cannot do is said in the log, with the reason, and left undone.
     """
     if wanted.numa or not wanted.use_mmap:
         with interleaved() if wanted.numa else contextlib.nullcontext():
-            read_in(net)
+            read_in(net, count)
     if wanted.num_gpu:
-        to_gpu(net, chosen_gpu(wanted.main_gpu), wanted.num_gpu)
+        to_gpu(net, chosen_gpu(wanted.main_gpu), wanted.num_gpu, count)
     if wanted.use_mlock:
         lock(net, path, mapped=wanted.use_mmap and not wanted.numa)
 
@@ -66,18 +74,23 @@ def place(net: Llama, path: Path, wanted: Placement) -> None:
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────
 
 
-def to_gpu(net: Llama, device: torch.device, layers: int) -> None:
+def to_gpu(net: Llama, device: torch.device, layers: int, count: Count = unheard) -> None:
     """Move the last so many layers to a GPU; one more than there are takes the output along.
 
-    −1: as many as fit. The embedding stays: it is a table in which a few rows are looked up.
+    −1: as many as fit. The embedding stays: it is a table in which a few rows are looked up. Eyes
+    go along with any layer.
     """
     if layers < 0:
         layers = fitting([nbytes(block) for block in net.blk], *room(net, device))
     for block in list(net.blk)[max(0, len(net.blk) - layers) :]:
         block.to(device)
+        count(nbytes(block))
     if layers > len(net.blk):
         net.output_norm.to(device)
         net.output.to(device)
+    if layers and isinstance(net, Llava):
+        net.v.to(device)
+        net.mm.to(device)
 
 
 def fitting(blocks: Sequence[int], output: int, free: int) -> int:
@@ -125,13 +138,14 @@ def chosen_gpu(number: int) -> torch.device:
 # ── in main memory ────────────────────────────────────────────────────────────────────────────
 
 
-def read_in(net: torch.nn.Module) -> None:
+def read_in(net: torch.nn.Module, count: Count = unheard) -> None:
     """Read all weights now, into memory of our own; what shares a tensor goes on sharing it."""
     copies: dict[int, Tensor] = {}
     for module in net.modules():
         for name, tensor in module._buffers.items():
             if tensor is not None and id(tensor) not in copies:
                 copies[id(tensor)] = tensor.clone()
+                count(tensor.nbytes)
             module._buffers[name] = copies.get(id(tensor))
 
 

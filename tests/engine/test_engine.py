@@ -9,7 +9,7 @@ import torch
 
 from refollama.engine.engine import Engine
 from refollama.engine.generate import generate
-from refollama.engine.sequence import End, Extras, Marks
+from refollama.engine.sequence import End, Extras, Marks, Read
 from refollama.errors import Abandoned, BadRequest, PromptTooLong, RefollamaError, ServerBusy
 from refollama.options import Options
 from tests.engine.fake import FakeNet, V, expected, following
@@ -124,7 +124,10 @@ def test_the_end_token_ends_and_is_not_shown(engine):
     stream = engine(eos=[eos]).stream([3], GREEDY)
     assert list(stream) == answer[: answer.index(eos)]
     assert stream.sequence.done_reason == "stop"
-    assert list(generate(FakeNet(), [3], GREEDY, eos=[eos])) == answer[: answer.index(eos)]
+    assert (
+        list(generate(FakeNet(), [3], GREEDY, Marks(frozenset((eos,)))))
+        == answer[: answer.index(eos)]
+    )
 
 
 def test_closing_frees_the_slot_for_the_next_at_once(engine):
@@ -294,7 +297,7 @@ def test_a_prompt_that_is_too_long_is_cut(engine, num_keep, bos):
     options = GREEDY.updated({"num_ctx": 16, "num_keep": num_keep})
     stream = engine(bos=bos).stream(prompt, options)
     answer, seq = list(stream), stream.sequence
-    assert answer == list(generate(FakeNet(), prompt, options, bos=bos))
+    assert answer == list(generate(FakeNet(), prompt, options, Marks(bos=bos)))
     assert answer == shifted(seq.prompt, 20, 16, seq.keep)
     assert seq.dropped + len(seq.prompt) == 59 and len(seq.prompt) <= 16
     assert seq.prompt == prompt[: seq.keep] + prompt[seq.keep + seq.dropped :]
@@ -336,7 +339,7 @@ def test_a_full_context_forgets_what_follows_the_kept(engine, num_keep, bos, kee
     options = GREEDY.updated({"num_ctx": 10, "num_predict": 60, "num_keep": num_keep})
     expected = shifted([5, 6, 7], 60, 10, keep)
     assert list(engine(bos=bos).stream([5, 6, 7], options)) == expected
-    assert list(generate(FakeNet(), [5, 6, 7], options, bos=bos)) == expected
+    assert list(generate(FakeNet(), [5, 6, 7], options, Marks(bos=bos))) == expected
     measured("options", "num_keep", "definition", "equal")
 
 
@@ -432,6 +435,58 @@ def test_one_that_was_cancelled_leaves_what_it_had_read(engine):
     assert list(after) == expected([1, 2, 3, 4], 20) and after.sequence.cached == 3
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+def test_a_prompt_that_many_have_is_read_once(engine, slots):
+    """From a slot that is in use it is copied; each still draws what it would draw alone."""
+    all_wait = threading.Event()
+    net = FakeNet(before_step=lambda tokens: all_wait.wait(5))
+    one = engine(net, slots=slots)
+    prompt = list(range(1, 41))
+    options = [GREEDY.updated({"temperature": 60, "seed": seed}) for seed in range(5)]
+    streams = [one.stream(prompt, each) for each in options]
+    all_wait.set()
+    answers = [list(stream) for stream in streams]
+    assert answers == [list(generate(FakeNet(), prompt, each)) for each in options]
+    assert sorted(stream.sequence.cached for stream in streams) == [0, 39, 39, 39, 39]
+    assert read_tokens(net) == 40 + 4 + 5 * 19
+    assert max(rows for rows, _ in net.steps) == slots
+
+
+def test_who_comes_in_beside_another_shares_what_is_common(engine):
+    one = engine(FakeNet(n_ctx=10**6), slots=2)
+    with one.stream([1, 2, 3, 4, 5], FOREVER) as endless:
+        next(endless)
+        beside = one.stream([1, 2, 3, 9], GREEDY)
+        assert list(beside) == expected([1, 2, 3, 9], 20)
+        assert beside.sequence.cached == 3
+
+
+def test_what_was_read_by_another_net_is_not_copied(engine):
+    one = engine(FakeNet(n_ctx=10**6), slots=2)
+    with one.stream([1, 2, 3, 4, 5], FOREVER) as endless:
+        next(endless)
+        one.forget()
+        beside = one.stream([1, 2, 3, 9], GREEDY)
+        assert list(beside) == expected([1, 2, 3, 9], 20) and beside.sequence.cached == 0
+
+
+def test_a_cache_that_cannot_be_copied_fails_its_sequence_and_not_its_neighbour(
+    engine, monkeypatch
+):
+    def broken(source, slot, end):
+        raise RuntimeError("no memory")
+
+    both_wait = threading.Event()
+    net = FakeNet(before_step=lambda tokens: both_wait.wait(5))
+    one = engine(net, slots=2)
+    monkeypatch.setattr(net.cache, "copy", broken)
+    streams = [one.stream([1, 2, 3], GREEDY) for _ in range(2)]
+    both_wait.set()
+    assert list(streams[0]) == expected([1, 2, 3], 20)
+    with pytest.raises(RefollamaError, match="the model failed"):
+        list(streams[1])
+
+
 def test_forget_lets_nothing_be_found(engine):
     one = engine()
     list(one.stream([1, 2, 3], GREEDY))
@@ -442,6 +497,42 @@ def test_forget_lets_nothing_be_found(engine):
 
 
 # ── what else may be asked ────────────────────────────────────────────────────────────────────
+
+
+def test_how_much_of_the_prompt_has_been_read_is_told_before_the_answer(engine):
+    one = engine()
+    list(one.stream([1, 2], GREEDY))
+    ask = one.stream(range(1, 8), GREEDY.updated({"num_batch": 2}), Extras(progress=True))
+    items = list(ask.items())
+    assert items == [Read(2), Read(4), Read(6), Read(7), *expected(range(1, 8), 20)]
+    again = one.stream(range(1, 8), GREEDY, Extras(progress=True))
+    assert list(again) == expected(range(1, 8), 20)  # who does not listen hears tokens alone
+
+
+def test_who_has_a_bell_does_not_wait(engine):
+    gate, bell = threading.Event(), threading.Event()
+    one = engine(FakeNet(before_step=lambda tokens: gate.wait(5)))
+    items = one.stream([1, 2, 3], GREEDY, Extras(bell=bell)).items()
+    assert next(items) is None and not bell.is_set()
+    gate.set()
+    heard = []
+    for item in items:
+        if item is None:
+            assert bell.wait(5)
+            bell.clear()
+        else:
+            heard.append(item)
+    assert heard == expected([1, 2, 3], 20)
+
+
+def test_logprobs_of_tokens_that_are_named(engine):
+    stream = engine().stream([3], GREEDY, Extras(logprobs=0, named=(7, 2, 7)))
+    drawn = list(stream)
+    for one, token in zip(stream.sequence.likely, drawn, strict=True):
+        whole = torch.nn.functional.one_hot(torch.tensor(token), V).double() * 50
+        likely = whole.log_softmax(0)
+        assert one.best == () and [id for id, _ in one.named] == [7, 2, 7]
+        assert [value for _, value in one.named] == likely[[7, 2, 7]].tolist()
 
 
 def test_logprobs_of_every_token_and_of_the_end(engine):

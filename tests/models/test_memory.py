@@ -110,7 +110,7 @@ def test_numa_reads_the_weights_while_memory_is_spread(tmp_path, monkeypatch, me
     monkeypatch.setattr(ctypes.c_void_p, "in_dll", lambda lib, name: name, raising=False)
     real = memory.read_in
 
-    def read_in(net):
+    def read_in(net, count):
         calls.append("read")
         real(net)
 
