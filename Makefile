@@ -40,8 +40,9 @@ format: $(VENV)/.test  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench  ## measure: load, first token, prefill and decode, in a table
+bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, and pull, in tables
 	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m benchmarks.registry $(if $(MEGABYTES),--megabytes $(MEGABYTES))
 
 # Without a model that speaks, what is saved in the notebooks is left alone.
 notebooks: $(VENV)/.notebooks  ## run every notebook; with MODEL=file.gguf, save what it shows

@@ -97,6 +97,7 @@ class ModelNotFound(NotFound):
 
     def __init__(self, name: object) -> None:
         super().__init__(f"model '{name}' not found, try pulling it first")
+        self.name = str(name)
 
 
 class ServerBusy(RefollamaError):

@@ -65,6 +65,7 @@ class ModelEntry:
     size: int  # of all blobs, in bytes
     digest: str  # hex, as in ModelFiles
     details: dict[str, Any]
+    capabilities: tuple[str, ...] = ()  # if its file was looked into
 
 
 class Store:
@@ -82,6 +83,11 @@ class Store:
         chosen = os.environ.get("OLLAMA_MODELS")
         root = Path(chosen) if chosen else Path.home() / ".ollama" / "models"
         return cls(root, prune=not os.environ.get("OLLAMA_NOPRUNE"))
+
+    @property
+    def prunes(self) -> bool:
+        """Are blobs removed that no model names any more?"""
+        return self._prune
 
     def resolve(self, name: Name) -> ModelFiles:
         """The files and texts of a model.

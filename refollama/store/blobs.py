@@ -2,6 +2,7 @@
 
     blobs/sha256-2af3…           64 hex digits; `sha256:2af3…`, Ollama's older form, is read too
     blobs/sha256-k2x9…-partial   being written; renamed when whole, removed when not
+    blobs/sha256-2af3…-partial*  on its way from a registry (see registry/parts.py); stays
 
 A blob exists entirely or not at all. Who works with blobs that no manifest names yet *holds* them;
 a blob that came with such work and was never named by a manifest goes when its last holder does.
@@ -121,6 +122,13 @@ class Blobs:
             before = _state(file)
             chunks = iter(lambda: _read_chunk(file), b"")
             return (yield from self._write(chunks, "", hold, lambda: _still(file, before, source)))
+
+    def adopt(self, written: Path, digest: str) -> None:
+        """Name a file in the folder of blobs, whose bytes are on the disk and have this digest.
+
+        If the blob is there already, the file stays what it is.
+        """
+        self._settle(written, checked_digest(digest), hold=False)
 
     def _write(
         self,

@@ -54,9 +54,10 @@ class Draft:
         """Did the blob come with this work, or with other work that still goes on?"""
         return self._blobs.is_new(digest)
 
-    def commit(self, name: Name, manifest: Manifest) -> None:
+    def commit(self, name: Name, manifest: Manifest, *, newline: bool = True) -> None:
         """Write the manifest; what the model of that name had, and nobody names now, is removed.
 
+        `newline`: Ollama ends with one what it creates, but not what it pulls.
         Raises: StoreError when one of its blobs has vanished meanwhile.
         """
         with self._blobs.lock:
@@ -65,7 +66,7 @@ class Draft:
             if missing:
                 raise StoreError(f"blob {missing[0]} is missing: pull or create its model again")
             replaced = digests_of(self._manifests, name)
-            self._manifests.write(name, manifest.to_bytes())
+            self._manifests.write(name, manifest.to_bytes(newline=newline))
             if self._prune:
                 prune(self._blobs, self._manifests, replaced)
 

@@ -74,11 +74,25 @@ class Name:
         return self.full.lower() == other.full.lower()
 
 
+def scheme_of(text: str) -> str:
+    """How to speak to the registry of a name as it was typed: `https`, or `http` if it says so.
+
+    Raises: BadName for another scheme.
+    """
+    return _split_scheme(text)[0]
+
+
 def _without_scheme(text: str) -> str:
+    return _split_scheme(text)[1]
+
+
+def _split_scheme(text: str) -> tuple[str, str]:
     scheme, mark, rest = text.partition("://")
-    if mark and scheme.lower() not in _SCHEMES:
+    if not mark:
+        return _SCHEMES[0], text
+    if scheme.lower() not in _SCHEMES:
         raise BadName(f"{_shown(text)} is no model name: its scheme must be http or https")
-    return rest if mark else text
+    return scheme.lower(), rest
 
 
 def _check(kind: str, part: str, grammar: re.Pattern[str], length: str) -> None:

@@ -1,0 +1,150 @@
+"""A model to its registry: its blobs one after another, then its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+from refollama.errors import Abandoned, RefollamaError, StoreError, Unauthorized
+from refollama.messages import Progress
+from refollama.store import Store
+from refollama.store.draft import Draft
+from refollama.store.manifest import MANIFEST, Layer, Manifest
+from refollama.store.name import Name, scheme_of
+from refollama.store.registry.session import Registry, retried
+from refollama.store.registry.upload import Upload, in_thread, refuse
+
+Gone = Callable[[], bool]
+
+PROGRESS_EVERY = 0.1  # seconds; also how often we ask whether anybody still listens
+LEAVING = 0.5  # seconds that a broken upload gets to end, before it is left to end alone
+
+
+def push(
+    store: Store,
+    model: str,
+    *,
+    insecure: bool = False,
+    home: Path | None = None,
+    gone: Gone = lambda: False,
+) -> Generator[Progress, None, None]:
+    """Send what the registry of a model lacks.  Closing the generator ends it.
+
+    `insecure`: by http.  `home`: the folder of the key and the logins, else ~/.ollama.
+    Raises: BadName, BadRequest, ModelNotFound; StoreError for blobs that are not whole here;
+    RegistryError and its kin; Abandoned as soon as `gone` says so.
+    """
+    name = Name.parse(model)
+    yield Progress("retrieving manifest")
+    with (
+        Registry(name, scheme=scheme_of(model), insecure=insecure, home=home) as registry,
+        store.draft() as held,
+        _permitted(name),
+    ):
+        try:
+            manifest = _held(store, name, held)
+        except RefollamaError:
+            yield Progress("couldn't retrieve manifest")
+            raise
+        _check(store, manifest)
+        for layer in (*manifest.layers, manifest.config):
+            yield from _blob(registry, Upload(registry, store.blobs, layer), layer, gone)
+        yield from _manifest(registry, name.tag, manifest, gone)
+    yield Progress("success")
+
+
+@contextmanager
+def _permitted(name: Name) -> Iterator[None]:
+    """Says what a push is not permitted to, in Ollama's words, and why if there is more to say."""
+    try:
+        yield
+    except Unauthorized as error:
+        reason = "" if str(error) == "unauthorized" else f": {error}"
+        raise Unauthorized(
+            f"unable to push {name.namespace}/{name.model}, make sure this namespace exists "
+            f"and you are authorized to push to it{reason}"
+        ) from error
+
+
+# -------------------------------------------------------------------- what we have
+
+
+def _held(store: Store, name: Name, held: Draft) -> Manifest:
+    """The manifest; its blobs stay on the disk as long as they are held."""
+    with store.blobs.lock:
+        manifest = store.manifests.read(name).manifest
+        for digest in manifest.digests:
+            held.use(digest)
+    return manifest
+
+
+def _check(store: Store, manifest: Manifest) -> None:
+    """Nothing is sent of a model that is not whole."""
+    for layer in (*manifest.layers, manifest.config):
+        size = store.blobs.size(layer.digest)
+        if size != layer.size:
+            raise StoreError(
+                f"blob {layer.digest} has {size} bytes, its manifest says {layer.size}: "
+                "pull or create its model again"
+            )
+
+
+# -------------------------------------------------------------------- what goes out
+
+
+def _blob(
+    registry: Registry, upload: Upload, layer: Layer, gone: Gone
+) -> Generator[Progress, None, None]:
+    """One event for a blob that is there already; else as many as its way out takes."""
+    digits = layer.digest.removeprefix("sha256:")
+    at = Progress(f"pushing {digits[:12]}", digest=layer.digest, total=layer.size)
+
+    def leave() -> None:
+        upload.cancel()
+        registry.close()
+
+    for _ in _beside(upload.send, leave, gone):
+        if upload.sending:
+            yield replace(at, completed=upload.completed)
+    yield replace(at, completed=layer.size)
+
+
+def _manifest(
+    registry: Registry, tag: str, manifest: Manifest, gone: Gone
+) -> Generator[Progress, None, None]:
+    cancelled = Event()
+
+    def put() -> None:
+        body, headers = manifest.to_bytes(newline=False), {"Content-Type": MANIFEST}
+        with registry.send("PUT", f"manifests/{tag}", headers=headers, content=body) as response:
+            if not response.is_success:
+                refuse(registry, response)
+
+    def leave() -> None:
+        cancelled.set()
+        registry.close()
+
+    yield Progress("pushing manifest")
+    for _ in _beside(lambda: retried(put, cancelled=cancelled), leave, gone):
+        pass
+
+
+def _beside(
+    work: Callable[[], None], leave: Callable[[], None], gone: Gone
+) -> Generator[None, None, None]:
+    """Work in a thread; yields now and then until it is done.  Whoever leaves before ends it."""
+    done = in_thread(work)
+    try:
+        while not wait([done], PROGRESS_EVERY).done:
+            if gone():
+                raise Abandoned("whoever asked has gone")
+            yield
+    finally:
+        if not done.done():
+            leave()
+            wait([done], LEAVING)
+    done.result()
