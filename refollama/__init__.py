@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +36,23 @@ __all__ = ["Client", "Options", "__version__", "load", "load_tokenizer", "weight
 
 
 def load(
-    model: str | Path, options: Mapping[str, Any] | None = None, *, slots: int = 1
+    model: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    slots: int = 1,
+    projector: str | Path | None = None,
+    told: Callable[[int, int], object] = lambda done, total: None,
 ) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store, ready to answer.
 
-    `options` become its defaults; `slots` is how many answers are written side by side.
+    `options` become its defaults; `slots` is how many answers are written side by side;
+    `projector` is the file with a vision model's eyes; `told` is called with the bytes that have
+    found their place, and those that there are.
     Raises: ModelNotFound, BadOption, FormatError, UnsupportedModel.
     """
     from refollama import loaded  # brings torch
 
-    return loaded.load(model, options, slots=slots)
+    return loaded.load(model, options, slots=slots, projector=projector, told=told)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -3,11 +3,15 @@
     serve    run the server here
     run      ask a model, or talk with it   ┐
     create   make a model from a Modelfile  │ with the server at OLLAMA_HOST; if none listens,
-    show     what is known of a model       ┘ with one of their own that ends with the command
+    show     what is known of a model       │ with one of their own that ends with the command
+    pull     fetch a model from a registry  │
+    push     send a model to a registry     ┘
     list     the models there are           ┐ through the server;
     cp, rm   copy a model, remove models    ┘ if none listens, straight in the store
     ps       the models in memory           ┐ through the server only
     stop     let go of one of them          ┘
+    login    keep a password for a registry ┐ on this machine
+    logout   forget it                      ┘
 
 Exit status: 0 done, 1 an error that is told in one sentence, 2 a wrong command line, 130 Ctrl-C.
 """
@@ -20,14 +24,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from refollama import overview, terminal
+from refollama import overview, reach, terminal
 from refollama.errors import BadRequest, NotFound, RefollamaError
 from refollama.host import base_url, listen_address, on_this_machine
 from refollama.options import Options, from_text
@@ -37,7 +42,7 @@ from refollama.version import __version__
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from refollama.client import Client, Record
+    from refollama.client import Record
     from refollama.promptline import PromptLine
     from refollama.talk import Ask
 
@@ -51,13 +56,19 @@ ENVIRONMENT = {
     "OLLAMA_MODELS": "the folder of the models: ~/.ollama/models",
     "OLLAMA_NOHISTORY": "1 = forget what was typed at the prompt",
     "OLLAMA_ORIGINS": "web pages that may ask the server, separated by commas",
+    "OLLAMA_API_KEY": "a key that the server asks for, if it has one, and that clients send",
     "OLLAMA_KEEP_ALIVE": "how long a model stays in memory after an answer: 5m; -1 = for ever",
     "OLLAMA_NUM_PARALLEL": "requests that one model answers at once: 1",
     "OLLAMA_MAX_LOADED_MODELS": "models that are kept in memory at once: 1",
     "OLLAMA_MAX_QUEUE": "prompts that may wait before more are refused: 512",
+    "OLLAMA_CONTEXT_LENGTH": "num_ctx, where neither model nor request says it: 2048",
     "OLLAMA_NOPRUNE": "1 = keep blobs that no model names any more",
+    "OLLAMA_REGISTRY_HOST": "the registry that the next two are for",
+    "OLLAMA_REGISTRY_USERNAME": "who the server is to that registry",
+    "OLLAMA_REGISTRY_PASSWORD": "and the password",
     "REFOLLAMA_MAX_BODY": "the largest request that the server reads, in MiB: 64",
 }
+LOGIN_ENVIRONMENT = [name for name in ENVIRONMENT if name.startswith("OLLAMA_REGISTRY_")]
 SERVER_ENVIRONMENT = [name for name in ENVIRONMENT if name != "OLLAMA_NOHISTORY"]
 
 
@@ -83,6 +94,16 @@ class Commands(click.Group):
             raise click.exceptions.Exit(INTERRUPTED) from None
         except (RefollamaError, OSError, UnicodeError) as problem:
             raise click.ClickException(_sentence(problem)) from None
+
+
+class Run(click.Command):
+    """`run`, whose `--think` may have a level: only behind the `=`, as a prompt may follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the arguments as they were typed."""
+        end = args.index("--") if "--" in args else len(args)
+        flags = [re.sub("^--think=", "--think-level=", arg) for arg in args[:end]]
+        return super().parse_args(ctx, flags + args[end:])
 
 
 def _sentence(problem: Exception) -> str:
@@ -190,21 +211,19 @@ def _leave_at_once() -> None:
     type=click.Path(path_type=Path),
     help="The Modelfile; relative paths in it start at its folder.",
 )
-def create(model: str, path: Path) -> None:
+@click.option("-q", "--quantize", metavar="TYPE", help="Not yet: this version cannot quantise.")
+def create(model: str, path: Path, quantize: str | None) -> None:
     """Make a model from a Modelfile.
 
     A server on another machine is sent the files that the Modelfile names.
     """
-    from refollama.upload import with_blobs
+    from refollama import transfer
 
-    text = _read_text(path)
-    directory = path.absolute().parent
-    with _server() as client:
-        here = str(directory) if on_this_machine(client.url) else None
-        if here is None:
-            text = with_blobs(client, text, directory)
-        with closing(client.create(model, text, here)) as records:
-            terminal.show_progress(records)
+    if quantize:
+        raise BadRequest("this version cannot quantise: leave out --quantize")
+    text = transfer.read_text(path)
+    with reach.server() as client:
+        transfer.make(client, transfer.OnDisk(model, text, path.absolute().parent))
 
 
 @cli.command(
@@ -222,13 +241,14 @@ def list_models(prefix: str) -> None:
 
 
 @cli.command(
+    cls=Run,
     epilog=_more(
         "refollama run tale                      # talk; /bye ends it",
         'refollama run tale "Why is the sky blue?"',
         'refollama run tale "Sum this up." < notes.txt',
         "refollama run ./story.gguf -o temperature=0 -o num_predict=50 Once upon a time",
         environment=["OLLAMA_HOST", "OLLAMA_MODELS", "OLLAMA_NOHISTORY"],
-    )
+    ),
 )
 @click.argument("model", shell_complete=_complete_models)
 @click.argument("words", nargs=-1, metavar="[PROMPT]...")
@@ -246,8 +266,14 @@ def list_models(prefix: str) -> None:
     metavar="DURATION",
     help="How long the server keeps the model afterwards: 5m, or seconds; -1 = for ever.",
 )
+@click.option("--insecure", is_flag=True, help="If it has to be pulled: by http.")
 @click.option("--nowordwrap", is_flag=True, help="Do not break long lines between words.")
-@click.option("--think/--nothink", default=None, help="Let a model that can think do so first.")
+@click.option(
+    "--think/--nothink",
+    default=None,
+    help="Let a model that can think do so first; --think=high, medium or low: how much.",
+)
+@click.option("--think-level", hidden=True)
 @click.option("--hidethinking", is_flag=True, help="Do not show what it thinks.")
 @click.option(
     "-o",
@@ -262,17 +288,20 @@ def run(model: str, words: Sequence[str], **given: Any) -> None:
     """Ask a model, or talk with it.
 
     MODEL is a name from 'refollama list', or the path of a .gguf file, which is run where it
-    lies. What comes through a pipe is put before PROMPT. With neither, you talk at a prompt line.
+    lies; any other name is pulled first. What comes through a pipe is put before PROMPT. With
+    neither, you talk at a prompt line.
     """
     from refollama import talk
+    from refollama.transfer import with_pull
 
     ask = _ask(_model(model), given)
     prompt = _prompt(words)
-    with _server() as client:
+    with reach.server() as client:
+        begin = partial(with_pull, client, ask.model, given["insecure"])
         if prompt is None:
-            talk.Talk(client, ask, _prompt_line(), _model).run()
+            begin(lambda: talk.Talk(client, ask, _prompt_line(), _model)).run()
         else:
-            talk.complete(client, ask, prompt)
+            begin(lambda: talk.complete(client, ask, prompt))
 
 
 @cli.command(
@@ -296,9 +325,93 @@ def show(model: str, verbose: bool, **parts: bool) -> None:
     wanted = [name for name, given in parts.items() if given]
     if len(wanted) > 1:
         raise click.UsageError(f"only one of {_either(parts)} can be specified")
-    with _server() as client:
+    with reach.server() as client:
         record = look(client, model, verbose)
     _print(record.get(wanted[0]) or "" if wanted else overview.overview(record, verbose))
+
+
+@cli.command(
+    epilog=_more(
+        "refollama pull llama2",
+        "refollama pull hf.co/someone/some-model:Q4_K_M",
+        "refollama pull --insecure localhost:5000/me/tale    # by http",
+        "refollama pull ./tale.gguf tale                     # from disk",
+        environment=["OLLAMA_HOST", "OLLAMA_MODELS", *LOGIN_ENVIRONMENT],
+    )
+)
+@click.argument("model", shell_complete=_complete_models)
+@click.argument("name", required=False)
+@click.option("--insecure", is_flag=True, help="Speak http to the registry, without encryption.")
+def pull(model: str, name: str | None, insecure: bool) -> None:
+    """Fetch a model from its registry, or from disk.
+
+    MODEL is a name, which may begin with the host of a registry; what an earlier try has fetched
+    is not fetched again. Or it is the path of a .gguf file, or of a folder with a Modelfile or one
+    .gguf file: a model of that name is made of it, or of the NAME behind it.
+    """
+    from refollama import transfer
+
+    found = transfer.on_disk(Path(model).expanduser(), name) if _is_file(model) else None
+    if found is None and name is not None:
+        raise click.UsageError("a second name is for a model from disk only")
+    with reach.server() as client:
+        if found:
+            transfer.make(client, found)
+        else:
+            transfer.pull(client, model, insecure)
+
+
+@cli.command(
+    epilog=_more(
+        "refollama cp tale registry.example/me/tale          # the name says where it goes",
+        "refollama push registry.example/me/tale",
+        environment=["OLLAMA_HOST", "OLLAMA_MODELS", *LOGIN_ENVIRONMENT],
+    )
+)
+@click.argument("model", shell_complete=_complete_models)
+@click.option("--insecure", is_flag=True, help="Speak http to the registry, without encryption.")
+def push(model: str, insecure: bool) -> None:
+    """Send a model to the registry that its name begins with.
+
+    What the registry has already is not sent.
+    """
+    from refollama import transfer
+
+    with reach.server() as client:
+        transfer.push(client, model, insecure)
+
+
+@cli.command(
+    epilog=_more(
+        "refollama login registry.example",
+        "refollama login registry.example -u me --password-stdin < secret",
+        environment=["OLLAMA_HOST", *LOGIN_ENVIRONMENT],
+    )
+)
+@click.argument("host")
+@click.option("-u", "--username", help="Who you are there; else you are asked.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+def login(host: str, username: str | None, password_stdin: bool) -> None:
+    """Keep user and password for a registry.
+
+    They are kept in ~/.ollama, for the server of this user.
+    """
+    from refollama import transfer
+
+    host = transfer.login_host(host)
+    transfer.login(host, *_credentials(username, password_stdin))
+    click.echo(f"the login for '{host}' is kept; the next pull or push uses it")
+
+
+@cli.command(epilog=_more("refollama logout registry.example", environment=["OLLAMA_HOST"]))
+@click.argument("host")
+def logout(host: str) -> None:
+    """Forget user and password for a registry."""
+    from refollama import transfer
+
+    host = transfer.login_host(host)
+    transfer.logout(host)
+    click.echo(f"the login for '{host}' is forgotten")
 
 
 @cli.command(
@@ -336,7 +449,7 @@ def stop(model: str) -> None:
 @click.argument("target")
 def cp(source: str, target: str) -> None:
     """Give a model a second name."""
-    with _keeper() as keeper:
+    with reach.keeper() as keeper:
         keeper.copy(source, target)
     click.echo(f"copied '{source}' to '{target}'")
 
@@ -351,7 +464,7 @@ def cp(source: str, target: str) -> None:
 @click.argument("models", nargs=-1, required=True, shell_complete=_complete_models)
 def rm(models: Sequence[str]) -> None:
     """Remove models."""
-    with _keeper() as keeper:
+    with reach.keeper() as keeper:
         for model in models:
             keeper.delete(model)
             click.echo(f"deleted '{model}'")
@@ -377,56 +490,28 @@ def _near() -> bool:
     return on_this_machine(base_url(os.environ))
 
 
-@contextmanager
-def _server() -> Iterator[Client]:
-    """A client of the server at OLLAMA_HOST; if none listens on this machine, of a private one."""
-    from refollama.client import Client
-    from refollama.private_server import private_server
-
-    with Client() as client:
-        if not on_this_machine(client.url) or client.is_running():
-            yield client
-            return
-    with ExitStack() as stack:
-        with terminal.spinner("starting"):
-            url = stack.enter_context(private_server())
-        yield stack.enter_context(Client(url))
+# --- create, pull, login ---------------------------------------------------------------------
 
 
-@contextmanager
-def _keeper() -> Iterator[Client | Here]:
-    """Who copies and removes models: the server, or the store if none listens on this machine."""
-    from refollama.client import Client
-
-    with Client() as client:
-        listens = not on_this_machine(client.url) or client.is_running()
-        yield client if listens else Here()
+def _is_file(model: str) -> bool:
+    """Does it name a file or folder, and no model?"""
+    return is_path(model) or model.endswith("/") or _lies_here(model)
 
 
-class Here:
-    """The store of this machine, in the words of a client."""
-
-    def copy(self, source: str, destination: str) -> None:
-        """Give a model a second name."""
-        from refollama.store import Name, Store
-
-        Store.default().copy(Name.parse(source), Name.parse(destination))
-
-    def delete(self, model: str) -> None:
-        """Remove a model, and the blobs that no other one needs."""
-        from refollama.store import Name, Store
-
-        Store.default().remove(Name.parse(model))
+def _lies_here(model: str) -> bool:
+    return model.endswith(".gguf") and os.path.isfile(model)
 
 
-# --- create ----------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadRequest(f"{path}: not UTF-8 text") from None
+def _credentials(username: str | None, password_stdin: bool) -> tuple[str, str]:
+    """Asked for at the terminal, the password without echo; or the password from a pipe."""
+    if password_stdin:
+        if not username:
+            raise click.UsageError("--password-stdin needs --username")
+        return username, sys.stdin.read().removesuffix("\n").removesuffix("\r")
+    if not sys.stdin.isatty():
+        raise click.UsageError("no terminal to ask at: use --username and --password-stdin")
+    username = username or click.prompt("Username", err=True)
+    return username, click.prompt("Password", hide_input=True, err=True)
 
 
 # --- list and show ---------------------------------------------------------------------------
@@ -473,13 +558,14 @@ def _ask(model: str, given: Record) -> Ask:
     """The flags of `run` as one record."""
     from refollama.talk import Ask
 
+    level = given["think_level"]
     return Ask(
         model,
         system=given["system"],
         options=given["settings"],
         format=given["format"],
         keep_alive=_seconds_or_duration(given["keepalive"]),
-        think=given["think"],
+        think={"true": True, "false": False, None: given["think"]}.get(level, level),
         raw=given["raw"] or None,  # None: not sent
         wordwrap=not given["nowordwrap"],
         verbose=given["verbose"],
@@ -510,8 +596,7 @@ def _prompt_line() -> PromptLine:
 
 def _model(name: str) -> str:
     """A name as it is; a path made absolute, since the server stands in another folder."""
-    found_here = name.endswith(".gguf") and os.path.isfile(name)
-    if not found_here and not is_path(name):
+    if not is_path(name) and not _lies_here(name):
         return name
     path = os.path.abspath(os.path.expanduser(name))
     if not os.path.isfile(path):

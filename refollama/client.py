@@ -21,7 +21,7 @@ from refollama.errors import (
     ServerBusy,
     ServerUnreachable,
 )
-from refollama.host import base_url, on_this_machine
+from refollama.host import api_key, base_url, on_this_machine
 from refollama.version import __version__
 
 Record = dict[str, Any]
@@ -46,7 +46,7 @@ class Client:
             base_url=self.url,
             # A model may think for an hour: only connecting has a limit.
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
-            headers={"User-Agent": f"refollama/{__version__}"},
+            headers={"User-Agent": f"refollama/{__version__}", **_authorization()},
             trust_env=not near,  # a proxy's "localhost" is another machine
             verify=self.url.startswith("https:"),  # loading certificates costs start-up time
         )
@@ -125,7 +125,15 @@ class Client:
         """
         form = {"modelfile": modelfile, "directory": directory, **fields}
         body = {"model": name, "stream": True, **form}
-        return self._stream("/api/create", body, lambda record: record.get("status") == "success")
+        return self._stream("/api/create", body, _is_success)
+
+    def pull(self, model: str, insecure: bool = False) -> Records:
+        """Fetch a model from its registry; `insecure`: by http. Yields progress records."""
+        return self._transfer("/api/pull", model, insecure)
+
+    def push(self, model: str, insecure: bool = False) -> Records:
+        """Send a model to its registry; `insecure`: by http. Yields progress records."""
+        return self._transfer("/api/push", model, insecure)
 
     def generate(self, model: str, prompt: str = "", **fields: Any) -> Records:
         """Complete a prompt; an empty one loads the model. Yields pieces, then the final record.
@@ -188,6 +196,10 @@ class Client:
             raise _refusal(answer)
         return _record(answer.content)
 
+    def _transfer(self, path: str, model: str, insecure: bool) -> Records:
+        body = {"model": model, "insecure": insecure, "stream": True}
+        return self._stream(path, body, _is_success)
+
     def _stream(self, path: str, body: Record, is_last: Callable[[Record], bool]) -> Records:
         given = {key: value for key, value in body.items() if value is not None}
         finished = False
@@ -217,6 +229,11 @@ class Client:
             ) from None
 
 
+def _authorization() -> dict[str, str]:
+    key = api_key(os.environ)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The non-empty lines in a stream of bytes that is cut anywhere.
 
@@ -229,6 +246,10 @@ def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield from filter(bytes.strip, whole)
     if rest.strip():
         yield rest
+
+
+def _is_success(record: Record) -> bool:
+    return record.get("status") == "success"
 
 
 def _record(line: bytes) -> Record:

@@ -43,7 +43,7 @@ from refollama.store.modelfile import Command, Modelfile
 from refollama.store.name import Name
 from refollama.store.recipe import Recipe, read
 from refollama.text.template import Template
-from refollama.weights.gguf import is_gguf, open_gguf
+from refollama.weights.gguf import GGUF, is_gguf, open_gguf
 
 T = TypeVar("T")
 
@@ -73,6 +73,7 @@ class _Part:
     config: Config
     path: Path | None = None  # a file that is still to be copied into the store
     total: int = 0  # its length in bytes
+    width: int = 0  # as `Described.width`
     layers: tuple[Layer, ...] = ()  # those that the store has already
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +96,7 @@ def create(store: Store, ask: Create, *, local_files: bool) -> Generator[Progres
     find = _Finder(store, recipe.directory, local_files)
     steps = [(command, find.part(command)) for command in commands]
     _check_parts(steps)
+    _check_together(store, steps)
     return _steps(store, name, steps, recipe)
 
 
@@ -271,9 +273,9 @@ class _Finder:
     def _blob(self, digest: str) -> _Part:
         if not self.store.blobs.has(digest):
             raise NotFound(f"blob '{digest}' not found: upload it first")
-        kind, config = described(self.store.blobs.path(digest))
+        kind, config, width = described(self.store.blobs.path(digest))
         layer = Layer(kind, digest, self.store.blobs.size(digest))
-        return _Part(_STATUS[kind], kind, config, layers=(layer,))
+        return _Part(_STATUS[kind], kind, config, width=width, layers=(layer,))
 
     def _model(self, name: Name) -> _Part:
         """All layers of the parent, marked with its name: a push can then mount them elsewhere."""
@@ -324,10 +326,10 @@ def _from_file(path: Path, command: Command) -> _Part:
         raise _unreadable(command)
     try:
         total = path.stat().st_size
-        kind, config = described(path)
+        kind, config, width = described(path)
     except (NotFound, StoreError, OSError):
         raise _unreadable(command) from None
-    return _Part(_STATUS[kind], kind, config, path, total)
+    return _Part(_STATUS[kind], kind, config, path, total, width)
 
 
 def _unreadable(command: Command) -> BadRequest:
@@ -351,6 +353,29 @@ def _check_parts(steps: list[_Step]) -> None:
         )
     for command in models[1:]:
         raise _refused(command, "a second language model: only a projector or an adapter may join")
+
+
+def _check_together(store: Store, steps: list[_Step]) -> None:
+    """A projector makes rows for language models of one width."""
+    parts = [(command, part) for command, part in steps if part is not None]
+    projectors = [(c, part) for c, part in parts if part.kind == kinds.PROJECTOR and part.width]
+    if not projectors:
+        return
+    read = next(_width(store, part) for _, part in parts if part.kind == kinds.MODEL)
+    for command, part in projectors:
+        if read and part.width != read:
+            raise _refused(
+                command,
+                f"the projector makes rows of {part.width} numbers, but the language model reads "
+                f"{read}: they do not belong together",
+            )
+
+
+def _width(store: Store, model: _Part) -> int:
+    """Of one that is in the store already, its weights say it."""
+    stored = (layer.digest for layer in model.layers if layer.media_type == kinds.MODEL)
+    widths = (described(store.blobs.path(digest)).width for digest in stored)
+    return model.width or next(widths, 0)
 
 
 def _check_texts(modelfile: Modelfile) -> None:
@@ -386,6 +411,7 @@ class Described(NamedTuple):
 
     kind: str
     config: Config
+    width: int = 0  # of a row: what a model reads, or a projector makes; 0 if that is not known
 
 
 def described(path: Path) -> Described:
@@ -402,8 +428,27 @@ def described(path: Path) -> Described:
         elements = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
         quantization = _quantization(file.metadata.get("general.file_type"))
         kind = _kind(family, file.metadata.get("general.type"))
+        width = _row_width(file, family, kind)
     config = Config("gguf", family, (family,), parameter_size(elements), quantization)
-    return Described(kind, config)
+    return Described(kind, config, width)
+
+
+# Of a projector, the matrix that makes the rows: the first one that is there.
+_MAKES_ROWS = (
+    "mm.model.mb_block.2.block.2.0.weight",
+    "mm.model.mlp.2.weight",
+    "mm.3.weight",
+    "mm.2.weight",
+    "mm.0.weight",
+)
+
+
+def _row_width(file: GGUF, family: str, kind: str) -> int:
+    if kind == kinds.PROJECTOR:
+        found = (file.tensors[name].shape[0] for name in _MAKES_ROWS if name in file.tensors)
+        return next(found, 0)
+    width = file.metadata.get(f"{family}.embedding_length")
+    return width if type(width) is int else 0
 
 
 def _kind(family: str, type: object) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from refollama.errors import BadRequest, TemplateError
 from refollama.messages import Chat, Chunk, Generate, Message, ToolCall
+from refollama.pictures import Seen
 from refollama.store import ModelFiles
+from refollama.text import marks
 from refollama.text.jinja import JinjaTemplate
 from refollama.text.prompt import (
     ROLES,
@@ -33,7 +35,7 @@ from refollama.text.prompt import (
 )
 from refollama.text.thinking import Tags, Thoughts, thinking_tags
 from refollama.text.tokenizer import Tokenizer, unguarded, valid
-from refollama.text.toolcalls import ToolCalls, tool_tag
+from refollama.text.toolcalls import ToolCalls, closing_tag, tool_tag
 
 if TYPE_CHECKING:  # they bring torch along
     from refollama.engine.sequence import Extras
@@ -81,27 +83,34 @@ def script_from(metadata: Mapping[str, Any]) -> Script:
     return Script(jinja=jinja, bos=spelled("bos"), eos=spelled("eos"))
 
 
+def _any_length(characters: int) -> None:
+    """No text is too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Who is to read the prompt: a tokenizer, and so many tokens of context."""
 
     words: Tokenizer
-    tokens: Callable[[str], list[int]]
+    tokens: Callable[..., list[int]]  # of a text, and of the pictures that it has marks for
     room: int
     continues: bool = False  # after tokens that were there before
+    check: Callable[[int], None] = _any_length  # raises for so many characters: far too many
+    look: Callable[[bytes], Seen] | None = None  # at the file of a picture, if it can see
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt, and what to look for in the answer."""
 
-    text: str  # as people may see it: without guards
+    text: str  # as people may see it: without guards; a picture is [img-0]
     tokens: list[int]
     truncated: int = 0  # tokens that went with the messages that were left out
     messages_truncated: int = 0
     tags: Tags | None = None  # of thoughts, if they are to be told apart
     tool_tag: str = ""
     tools: frozenset[str] = field(default_factory=frozenset)  # names of those that may be called
+    pictures: tuple[Seen, ...] = ()  # what the ids behind the vocabulary stand for
 
     @property
     def begun(self) -> bool:
@@ -118,12 +127,16 @@ def chat_prompt(script: Script, ask: Chat, reader: Reader) -> Prompt:
     Raises: BadRequest for what the model cannot do, TemplateError, PromptTooLong.
     """
     template = template_from(script.template, script.jinja)
-    messages = opened(script, ask.messages)
+    marked, pictures = _looked(ask.messages, reader, "messages[{}]")
+    messages = opened(script, marked)
     talk = Talk(messages, ask.tools, _thinks(script, template, ask.model, ask.think))
     if ask.tools and not knows_tools(template):
         raise BadRequest(f"{script.name} does not support tools")
-    writer = _Writer(script, template, reader, reader.words.guard)
+    guard = _Guard(reader.words.guard, reader.check)
+    writer = _Writer(script, template, reader, guard, pictures)
     tools = frozenset(map(_tool_name, ask.tools))
+    if isinstance(ask.format, Mapping):  # then the answer has that form: it is no call
+        tools = frozenset()
     prompt = writer.prompt(talk, truncate=ask.truncate)
     return replace(prompt, tool_tag=tool_tag(template) if tools else "", tools=tools)
 
@@ -133,16 +146,65 @@ def generate_prompt(script: Script, ask: Generate, reader: Reader) -> Prompt:
     template = template_from(ask.template or script.template, script.jinja)
     think = _thinks(script, template, ask.model, ask.think)
     if ask.raw:
-        prompt = valid(ask.prompt)
-        return Prompt(prompt, reader.tokens(prompt))
+        return raw_prompt(ask.prompt, ask.images, reader)
+    asked, pictures = _looked((Message("user", ask.prompt, ask.images),), reader)
     if ask.suffix and not knows_suffix(template):
         raise BadRequest(f"{script.name} does not support insert")
     script = replace(script, system=ask.system or script.system)
     script = script if not ask.context else replace(script, messages=())
-    messages = opened(script, (Message("user", ask.prompt),))
+    messages = opened(script, asked)
     talk = Talk(messages, think=think, suffix=ask.suffix, first=not ask.context)
-    guard = valid if is_bare(template) else reader.words.guard
-    return _Writer(script, template, reader, guard).prompt(talk, truncate=False)
+    guard = _Guard(valid if is_bare(template) else reader.words.guard, reader.check)
+    return _Writer(script, template, reader, guard, pictures).prompt(talk, truncate=False)
+
+
+def raw_prompt(text: str, images: tuple[bytes, ...], reader: Reader) -> Prompt:
+    """A text that is the prompt, and pictures in it.  Raises: BadRequest, PromptTooLong."""
+    (asked,), pictures = _looked((Message("user", text, images),), reader)
+    return _read(marks.around(valid, asked.content), reader, pictures)
+
+
+def _read(text: str, reader: Reader, pictures: Sequence[Seen] = ()) -> Prompt:
+    """A text as tokens; of the pictures those that it has marks for."""
+    tokens = reader.tokens(text, pictures=pictures) if pictures else reader.tokens(text)
+    numbers = (part for part in marks.parted(text) if isinstance(part, int))
+    seen = tuple(pictures[number] for number in dict.fromkeys(numbers))
+    return Prompt(marks.shown(unguarded(text)), tokens, pictures=seen)
+
+
+def _looked(
+    messages: Sequence[Message], reader: Reader, place: str = ""
+) -> tuple[tuple[Message, ...], tuple[Seen, ...]]:
+    """The messages with marks for their pictures, and all the pictures in order."""
+    if reader.look is None:
+        check_no_images(messages)
+        return tuple(messages), ()
+    marked: list[Message] = []
+    pictures: list[Seen] = []
+    for at, message in enumerate(messages):
+        owner = place.format(at)
+        with _named(f"{owner}: " if owner else ""):
+            content = marks.placed(message.content, len(message.images), len(pictures))
+        for number, file in enumerate(message.images):
+            with _named(f"{owner}.images[{number}]: ".lstrip(".")):
+                pictures.append(reader.look(file))
+        marked.append(replace(message, content=content, images=()))
+    return tuple(marked), tuple(pictures)
+
+
+def check_no_images(messages: Iterable[Message | Generate]) -> None:
+    """Raises: BadRequest for an image; for a model that has no eyes."""
+    if any(message.images for message in messages):
+        raise BadRequest("this model cannot look at images")
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """What is wrong is said with its place in the request."""
+    try:
+        yield
+    except BadRequest as error:
+        raise BadRequest(f"{place}{error}") from None
 
 
 def opened(script: Script, messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -157,14 +219,12 @@ def opened(script: Script, messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def check_messages(messages: Iterable[Message]) -> None:
-    """Raises: BadRequest for a role that there is not, and for images."""
+    """Raises: BadRequest for a role that there is not."""
     for message in messages:
         if message.role not in ROLES:
             raise BadRequest(
                 f"invalid role: {message.role[:40]}, role must be one of [{', '.join(ROLES)}]"
             )
-        if message.images:
-            raise BadRequest("this version cannot look at images")
 
 
 def check_think(think: bool | str | None) -> None:
@@ -192,6 +252,25 @@ def _tool_name(tool: Mapping[str, Any]) -> str:
     return name
 
 
+class _Guard:
+    """Guards each text once, as long as all together might fit: guarding takes a while.
+
+    Raises: what `check` raises, before any work is put into the text that is too much.
+    """
+
+    def __init__(self, guard: Callable[[str], str], check: Callable[[int], None]) -> None:
+        self._guard, self._check = guard, check
+        self._known: dict[str, str] = {}
+        self._characters = 0
+
+    def __call__(self, text: str) -> str:
+        if text not in self._known:
+            self._characters += len(text)
+            self._check(self._characters)
+            self._known[text] = marks.around(self._guard, text)
+        return self._known[text]
+
+
 @dataclass(frozen=True, slots=True)
 class _Writer:
     """Turns a conversation into text and tokens."""
@@ -200,6 +279,7 @@ class _Writer:
     template: AnyTemplate
     reader: Reader
     guard: Callable[[str], str]
+    pictures: tuple[Seen, ...] = ()
 
     def prompt(self, talk: Talk, *, truncate: bool) -> Prompt:
         """As much of the conversation as the context holds; the last message in any case."""
@@ -212,8 +292,8 @@ class _Writer:
         return replace(found, truncated=max(lost, 0), tags=tags)
 
     def _read(self, talk: Talk, dropped: int = 0) -> Prompt:
-        text = self.text(talk)
-        return Prompt(unguarded(text), self.reader.tokens(text), messages_truncated=dropped)
+        prompt = _read(self.text(talk), self.reader, self.pictures)
+        return replace(prompt, messages_truncated=dropped)
 
     def _shorter(self, talk: Talk, whole: Prompt) -> Prompt:
         """The longest end of the conversation that fits, else the shortest that can be written.
@@ -264,9 +344,18 @@ def converse(model: Model, prompt: Prompt, options: Options, extras: Extras) -> 
     If it must have a form, its thoughts need none: what follows them is such a value.
     Raises: all that `LoadedModel.answer` raises.
     """
+    spelled = _marks(model.tokenizer, prompt)
+    extras = replace(extras, spelled=spelled, pictures=prompt.pictures)
     if extras.grammar is None or prompt.tags is None:
         return told(model.answer(prompt.tokens, options, extras), prompt)
     return told(_thought_first(model, prompt, options, extras), prompt)
+
+
+def _marks(words: Tokenizer, prompt: Prompt) -> frozenset[int]:
+    """The control tokens among the tags that are looked for: what prints nothing is not found."""
+    tags = (prompt.tool_tag, closing_tag(prompt.tool_tag), *(prompt.tags or ()))
+    ids = (id for tag in tags for id in words.encode(tag, special=True, continues=True))
+    return frozenset(id for id in ids if not words.piece(id))
 
 
 def _thought_first(model: Model, prompt: Prompt, options: Options, extras: Extras) -> Chunks:
@@ -277,6 +366,9 @@ def _thought_first(model: Model, prompt: Prompt, options: Options, extras: Extra
     chunk = Chunk()
     with closing(model.answer(prompt.tokens, options, replace(extras, grammar=None))) as free:
         for chunk in free:
+            if chunk.progress is not None:
+                yield chunk
+                continue
             text += chunk.text
             thoughts.feed(chunk.text)
             if chunk.done or thoughts.over:
@@ -292,6 +384,7 @@ def _thought_first(model: Model, prompt: Prompt, options: Options, extras: Extra
     ids = model.tokenizer.encode(thought, special=True, continues=True) if thought else []
     if options.num_predict > 0:
         options = options.updated({"num_predict": max(0, options.num_predict - len(ids))})
+    extras = replace(extras, progress=False)  # the prompt has been read
     with closing(model.answer([*prompt.tokens, *ids], options, extras)) as formed:
         for chunk in formed:
             yield _after_thought(chunk, len(ids), start) if chunk.done else chunk
@@ -323,6 +416,9 @@ def told(chunks: Chunks, prompt: Prompt) -> Chunks:
     noted: tuple[Any, ...] = ()
     with closing(chunks):
         for chunk in chunks:
+            if chunk.progress is not None:
+                yield chunk
+                continue
             part = reply.finish() if chunk.done else reply.feed(chunk.text)
             noted += chunk.logprobs
             if part.text or part.thinking or part.tool_calls:
@@ -333,14 +429,27 @@ def told(chunks: Chunks, prompt: Prompt) -> Chunks:
 
 
 def gathered(chunks: Iterable[Chunk]) -> Chunk:
-    """All pieces as one: the last record with all that was said."""
-    *pieces, end = list(chunks)
+    """All pieces as one: the last record with all that was said.
+
+    Of several answers all are in `answers`, and the first one stands for them.
+    """
+    pieces = [chunk for chunk in chunks if chunk.progress is None]
+    end = pieces[-1]
+    numbers = sorted({piece.index for piece in pieces if piece.index is not None})
+    if not numbers:
+        return _joined(pieces, end)
+    of = [[piece for piece in pieces if piece.index == number] for number in numbers]
+    answers = tuple(_joined(its, its[-1]) for its in of)
+    return replace(_joined(of[0], end), answers=answers)
+
+
+def _joined(pieces: Sequence[Chunk], end: Chunk) -> Chunk:
     return replace(
         end,
-        text="".join(piece.text for piece in (*pieces, end)),
-        thinking="".join(piece.thinking for piece in (*pieces, end)),
-        tool_calls=tuple(call for piece in (*pieces, end) for call in piece.tool_calls),
-        logprobs=tuple(one for piece in (*pieces, end) for one in piece.logprobs),
+        text="".join(piece.text for piece in pieces),
+        thinking="".join(piece.thinking for piece in pieces),
+        tool_calls=tuple(call for piece in pieces for call in piece.tool_calls),
+        logprobs=tuple(one for piece in pieces for one in piece.logprobs),
     )
 
 

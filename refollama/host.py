@@ -11,6 +11,8 @@
 
 A client that is told "every interface" looks on this machine. Spaces and quotes around the value
 are dropped. A path after the host is kept by clients (a proxy may need it); servers ignore it.
+
+And OLLAMA_API_KEY, which both sides know where not everybody may ask.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ SCHEME_PORTS = {"": DEFAULT_PORT, "http": 80, "https": 443}
 # Where a client finds a server that listens everywhere.
 _NEAREST = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}
 _HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
+_KEY = re.compile(r"[!-~]*")
 _BRACKETED = re.compile(r"\[([^]]*)\](?::(.*))?")
 
 
@@ -53,6 +56,19 @@ def base_url(env: Mapping[str, str]) -> str:
     host = _NEAREST.get(address.host, address.host)
     shown = f"[{host.replace('%', '%25')}]" if ":" in host else host
     return f"{address.scheme or 'http'}://{shown}:{address.port}{address.path}"
+
+
+def api_key(env: Mapping[str, str]) -> str:
+    """OLLAMA_API_KEY: what a server that has one asks for, and clients send; empty if unset.
+
+    Raises: BadRequest for one that the header of a request cannot carry.
+    """
+    key = env.get("OLLAMA_API_KEY", "").strip()
+    if not _KEY.fullmatch(key):
+        raise BadRequest(
+            "OLLAMA_API_KEY must be of ASCII letters, digits and signs, without spaces"
+        )
+    return key
 
 
 def on_this_machine(url: str) -> bool:

@@ -30,11 +30,13 @@ from refollama.dialogue import (
     check_think,
     converse,
     gathered,
+    raw_prompt,
     script_from,
     scripted,
 )
 from refollama.engine import limits
 from refollama.engine.engine import Engine, Stream
+from refollama.engine.net import state
 from refollama.engine.pool import Pool
 from refollama.engine.sequence import NO_EXTRAS, Extras, Marks, never
 from refollama.errors import (
@@ -50,19 +52,24 @@ from refollama.kvcache import CPU
 from refollama.messages import Chat, Chunk, Message
 from refollama.models.exact import warn_if_not_exact
 from refollama.models.llama import Llama
-from refollama.models.load import load_net
-from refollama.models.memory import Placement, place
+from refollama.models.llava import Llava, Picture
+from refollama.models.load import load_eyes, load_net
+from refollama.models.memory import Placement, passes, place
+from refollama.models.meter import Meter, Told, unheard
 from refollama.models.vectors import pool
 from refollama.options import Options
+from refollama.pictures import Seen, file_of
 from refollama.sampling.chain import Grammar, Watch
 from refollama.sampling.grammar import JsonGrammar, Spellings, source
+from refollama.several import check_count, several
 from refollama.store import ModelFiles, Name, Store
-from refollama.telling import Telling, stats
-from refollama.text import tokenizer_from
-from refollama.text.tokenizer import Tokenizer, unguarded, valid
+from refollama.telling import Telling, stats, token_ids
+from refollama.text import marks, tokenizer_from
+from refollama.text.tokenizer import Tokenizer, unguarded
 from refollama.weights.gguf import open_gguf
 
 Chunks = Generator[Chunk, None, None]  # closing it is cancelling
+Images = Sequence[bytes | str | Path]
 
 AT_ONCE = 512  # tokens that `logits` and its kin send through the model in one step
 MOST_CONTEXTS = 100  # a prompt that would fill so many is a mistake, or worse
@@ -129,6 +136,7 @@ class LoadedModel:
     ) -> None:
         self._engines = Pool(_maker(self))
         self._reading = threading.Lock()  # a text that is embedded has a cache to itself: one only
+        self._eyes: object = None  # what they were when the pictures were looked at
         self._slots = slots
         self.net = net
         self.tokenizer = tokenizer
@@ -142,39 +150,53 @@ class LoadedModel:
         prompt: str,
         options: Mapping[str, Any] | None = None,
         *,
+        images: Images = (),
         format: object = None,
         on_stage: Watch | None = None,
     ) -> Iterator[str]:
         """What the model writes after a raw prompt, piece by piece; closing it is cancelling.
 
+        images: files, or their paths, for a model that can see; the prompt may say [img-0] where
+        the first one stands.
         format: "json" for an object, or a JSON schema: see `grammar`.
         on_stage: see `Sampler`; it is called in the engine's thread.
         Raises: BadOption, BadRequest.
         """
         extras = Extras(grammar=self.grammar(format), on_stage=on_stage)
-        with closing(self._ask(prompt, options, extras)) as chunks:
+        with closing(self._ask(prompt, images, options, extras)) as chunks:
             yield from (chunk.text for chunk in chunks if chunk.text)
 
-    def generate(
+    def generate(  # noqa: PLR0913  all that may be asked of an answer
         self,
         prompt: str,
         options: Mapping[str, Any] | None = None,
         *,
+        images: Images = (),
         format: object = None,
-        logprobs: int | None = None,
+        logprobs: int | Sequence[str | int] | None = None,
+        n: int = 1,
         on_stage: Watch | None = None,
     ) -> Answer:
         """The whole answer to a raw prompt: `text, record = llm.generate(…)`.
 
-        logprobs: note in `record.logprobs` how likely each token was, and the best so many.
+        logprobs: note in `record.logprobs` how likely each token was, and the best so many; or
+        these tokens, by id or by what they print: [" yes", " no"].
+        n: so many answers, from one reading of the prompt; all are in `record.answers`, and that
+        of number k is the one that the seed `seed` + k gives.
         The rest is as in `stream`.
         """
-        if logprobs is not None and logprobs < 0:
+        check_count(n)
+        extras = self._noting(logprobs)
+        extras = replace(extras, grammar=self.grammar(format), on_stage=on_stage)
+        whole = gathered(self._ask(prompt, images, options, extras, n))
+        return Answer(whole.text, whole)
+
+    def _noting(self, logprobs: int | Sequence[str | int] | None) -> Extras:
+        if isinstance(logprobs, int) and logprobs < 0:
             raise BadRequest(f"logprobs must be a number of alternatives, not {logprobs}")
-        extras = Extras(grammar=self.grammar(format), logprobs=logprobs, on_stage=on_stage)
-        chunks = list(self._ask(prompt, options, extras))
-        noted = tuple(one for chunk in chunks for one in chunk.logprobs)
-        return Answer("".join(chunk.text for chunk in chunks), replace(chunks[-1], logprobs=noted))
+        if logprobs is None or isinstance(logprobs, int):
+            return Extras(logprobs=logprobs)
+        return Extras(logprobs=0, named=token_ids(self.tokenizer, logprobs))
 
     @overload
     def chat(
@@ -212,8 +234,9 @@ class LoadedModel:
     ) -> Answer | Iterator[str]:
         """The answer to a conversation, through the model's template; `stream` gives its pieces.
 
-        Messages: `Message`, or {"role": "user", "content": "hi"}. `record.thinking` and
-        `record.tool_calls` are what else is in the answer.
+        Messages: `Message`, or {"role": "user", "content": "hi"}, with "images" (files, or their
+        paths) for a model that can see. `record.thinking` and `record.tool_calls` are what else is
+        in the answer.
         Raises: BadRequest, BadOption, TemplateError.
         """
         ask = Chat("", tuple(map(_message, messages)), tuple(tools), think=think, format=format)
@@ -237,11 +260,31 @@ class LoadedModel:
         """What `dialogue` needs to know of this model, after the tokens of `context`."""
         tokens = partial(self.tokens, context=context, options=options)
         room = limits.context(options, self.net.n_ctx)
-        return Reader(self.tokenizer, tokens, room, continues=bool(context))
+        check = partial(self._check_length, options=options)
+        look = self._picture if isinstance(self.net, Llava) else None
+        return Reader(self.tokenizer, tokens, room, bool(context), check, look)
 
-    def _ask(self, prompt: str, options: Mapping[str, Any] | None, extras: Extras) -> Chunks:
+    def _picture(self, file: bytes) -> Picture:
+        """What the net knows a picture as; if its eyes are not what they were, it looks anew."""
+        assert isinstance(self.net, Llava)
+        eyes = state(self.net.v), state(self.net.mm)
+        if None in eyes or eyes != self._eyes:
+            self.net.gallery.forget()
+        self._eyes = eyes
+        return self.net.picture(file)
+
+    def _ask(
+        self,
+        prompt: str,
+        images: Images,
+        options: Mapping[str, Any] | None,
+        extras: Extras,
+        n: int = 1,
+    ) -> Chunks:
         chosen = self.defaults.updated(options or {})
-        return self.answer(self.tokens(valid(prompt), options=chosen), chosen, extras)
+        found = raw_prompt(prompt, tuple(map(file_of, images)), self.reader(chosen))
+        extras = replace(extras, pictures=found.pictures)
+        return several(partial(self.answer, found.tokens), chosen, extras, n)
 
     # ── ids in, numbers out: the plain path, without sampling ─────────────────────────────────
 
@@ -351,20 +394,36 @@ class LoadedModel:
     # ── ids in, ids out ───────────────────────────────────────────────────────────────────────
 
     def tokens(
-        self, prompt: str, context: Sequence[int] = (), *, options: Options | None = None
+        self,
+        prompt: str,
+        context: Sequence[int] = (),
+        *,
+        options: Options | None = None,
+        pictures: Sequence[Seen] = (),
     ) -> list[int]:
         """A prompt as ids, BOS and special tokens included, after those of an earlier answer.
 
+        pictures: which the prompt has marks for. What stands behind one is tokenised by itself, as
+        the model learned it: with a space in front, where its tokenizer puts one.
         Raises: BadRequest for ids that the vocabulary does not have; PromptTooLong for a text that
         would fill the context of these options a hundred times, before any work is put into it.
         """
         if options is not None:
-            room = MOST_CONTEXTS * limits.context(options, self.net.n_ctx)
-            fewest = len(unguarded(prompt)) // self.tokenizer.longest
-            limits.check(fewest, room, "at least ")
-        if not context:
-            return self.tokenizer.encode(prompt, bos=True, special=True)
-        return self._checked(context) + self.tokenizer.encode(prompt, special=True, continues=True)
+            self._check_length(len(unguarded(prompt)), options)
+        first, *rest = marks.parted(prompt) if pictures else (prompt,)
+        ids = self.tokenizer.encode(str(first), special=True, continues=bool(context))
+        for part in rest:
+            some = pictures[part].ids if isinstance(part, int) else self._behind(part)
+            ids.extend(some)
+        return self._checked(context) + ids if context else self.tokenizer.around(ids)
+
+    def _behind(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, special=True) if text else []
+
+    def _check_length(self, characters: int, options: Options) -> None:
+        """Raises: PromptTooLong for a text that would fill the context a hundred times."""
+        room = MOST_CONTEXTS * limits.context(options, self.net.n_ctx)
+        limits.check(characters // self.tokenizer.longest, room, "at least ")
 
     def grammar(self, format: object) -> Grammar | None:
         """From the `format` of a request to what the engine takes: `Extras(grammar=…)`.
@@ -392,10 +451,9 @@ class LoadedModel:
         """
         start = time.perf_counter_ns()
         with self.start(tokens, options, extras) as ids:
-            formed = extras.grammar is not None
-            telling = Telling(self.tokenizer, ids.sequence, options.stop, formed=formed)
-            for token in ids:
-                if chunk := telling.push(token):
+            telling = Telling(self.tokenizer, ids.sequence, options.stop, extras)
+            for item in ids.items():
+                if chunk := telling.hear(item):
                     yield chunk
                 if telling.stops.hit:
                     break
@@ -417,8 +475,15 @@ class LoadedModel:
         `Engine.stream` raises.
         """
         self._check_gqa(options)
+        ids = self._checked(tokens, extras.pictures)
+        for picture in extras.pictures:
+            self._look(picture)
         kind = (CacheKind.of(options, self.net), *self.net.children())  # a swapped part is another
-        return self._engines.stream(kind, self._checked(tokens), options, extras)
+        return self._engines.stream(kind, ids, options, extras)
+
+    def _look(self, picture: Seen) -> None:
+        assert isinstance(self.net, Llava) and isinstance(picture, Picture)
+        self.net.look(picture)
 
     def forget(self) -> None:
         """Let no later prompt find its beginning in the cache, nor what is being read now.
@@ -427,6 +492,7 @@ class LoadedModel:
         this after changing it in any other way (`weight.data`, numpy, another `forward`).
         """
         self._engines.forget()
+        self._eyes = None
 
     @property
     def active(self) -> int:
@@ -436,6 +502,7 @@ class LoadedModel:
     def nbytes(self) -> tuple[int, int]:
         """Of weights and caches: bytes in all, and of those the ones on a GPU."""
         tensors = [*self.net.buffers(), *self.net.parameters(), *self._engines.memory()]
+        tensors += self.net.gallery.memory() if isinstance(self.net, Llava) else []
         return (
             sum(tensor.nbytes for tensor in tensors),
             sum(tensor.nbytes for tensor in tensors if tensor.is_cuda),
@@ -484,10 +551,11 @@ class LoadedModel:
                 "leave it out"
             )
 
-    def _checked(self, tokens: Sequence[int]) -> list[int]:
+    def _checked(self, tokens: Sequence[int], pictures: Sequence[Seen] = ()) -> list[int]:
         ids = [int(token) for token in tokens]
         for token in ids:
-            if not 0 <= token < self.net.n_vocab:
+            known = any(token in picture.ids for picture in pictures)
+            if not 0 <= token < self.net.n_vocab and not known:
                 raise BadRequest(
                     f"token id {token} is not in the vocabulary: 0 … {self.net.n_vocab - 1}"
                 )
@@ -521,8 +589,10 @@ def _maker(model: LoadedModel) -> Callable[[tuple[object, ...]], Engine]:
 
 
 def _message(given: Message | Mapping[str, Any]) -> Message:
+    if isinstance(given, Message):
+        return given
     try:
-        return given if isinstance(given, Message) else Message(**given)
+        return Message(**{**given, "images": tuple(map(file_of, given.get("images") or ()))})
     except TypeError:
         raise BadRequest("a message must have a role and content, as Message has them") from None
 
@@ -531,12 +601,19 @@ def _message(given: Message | Mapping[str, Any]) -> Message:
 
 
 def load(
-    model: str | Path, options: Mapping[str, Any] | None = None, *, slots: int = 1
+    model: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    slots: int = 1,
+    projector: str | Path | None = None,
+    told: Told = unheard,
 ) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store.
 
     A text is taken for a file if one lies there, else for a name. `options` become its defaults,
     over those of its Modelfile; those about loading (`num_gpu`, `use_mmap`, …) count only here.
+    projector: the file with a vision model's eyes ("mmproj"); a model in the store has its own.
+    told: is called with the bytes that have found their place, and those that there are.
     Raises: NotFound, BadName, BadOption, FormatError, UnsupportedModel.
     """
     path = Path(model).expanduser()
@@ -546,16 +623,34 @@ def load(
             raise NotFound(f"{model}: there is no such file")
         files = runnable(Store.default().resolve(Name.parse(str(model))))
         path, chosen = files.weights, chosen.updated(files.parameters)
-    llm = load_file(path, chosen.updated(options or {}), slots=slots)
+        projector = projector or next(iter(files.projectors), None)
+    chosen = chosen.updated(options or {})
+    eyes = None if projector is None else Path(projector).expanduser()
+    llm = load_file(path, chosen, slots=slots, projector=eyes, told=told)
     llm.script = llm.script if files is None else scripted(llm.script, files)
     return llm
 
 
-def load_file(path: Path, options: Options = DEFAULTS, *, slots: int = 1) -> LoadedModel:
-    """A GGUF file as a model that can answer.  Raises: NotFound, FormatError, UnsupportedModel."""
-    file = open_gguf(path)
+def load_file(
+    path: Path,
+    options: Options = DEFAULTS,
+    *,
+    slots: int = 1,
+    projector: Path | None = None,
+    told: Told = unheard,
+) -> LoadedModel:
+    """A GGUF file as a model that can answer; `projector` and `told` as in `load`.
+
+    Raises: NotFound, FormatError, UnsupportedModel.
+    """
+    file, wanted = open_gguf(path), Placement.of(options)
+    sight = None if projector is None else open_gguf(projector)
+    infos = (info for one in (file, sight) if one for info in one.tensors.values())
+    meter = Meter(sum(info.nbytes for info in infos) * (1 + passes(wanted)), told)
+    eyes = None if sight is None else load_eyes(sight, meter.add)
     try:
-        tokenizer, net = tokenizer_from(file.metadata), load_net(file)
+        tokenizer = tokenizer_from(file.metadata)
+        net = load_net(file, meter.add, eyes)
     except (FormatError, UnsupportedModel) as error:
         if str(error).startswith(path.name):
             raise
@@ -565,7 +660,8 @@ def load_file(path: Path, options: Options = DEFAULTS, *, slots: int = 1) -> Loa
             f"{path.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"but token_embd.weight has {net.n_vocab} rows; expected as many"
         )
-    place(net, path, Placement.of(options))
+    place(net, path, wanted, meter.add)
+    meter.finish()
     warn_if_not_exact()
     script = script_from(file.metadata)
     return LoadedModel(net, tokenizer, defaults=options, slots=slots, script=script)

@@ -49,6 +49,7 @@ class Generate:
     keep_alive: float | None = None  # seconds in memory afterwards; None: the server's
     raw: bool = False  # no template: the prompt is what the model sees
     suffix: str = ""  # what stands behind the text that is to be written
+    images: tuple[bytes, ...] = ()  # files: PNG, JPEG, …
     think: bool | str | None = None  # aloud, before it answers; None: if the model can
     format: object = None  # "json" or a JSON schema, as sent; None or "": free text
     debug_render_only: bool = False  # show the prompt, answer nothing
@@ -56,6 +57,9 @@ class Generate:
     shift: bool = True  # when the context is full, forget part of it and go on
     logprobs: bool = False  # note how likely each token was
     top_logprobs: int = 0  # and the likeliest ones in its place
+    logprob_tokens: tuple[str | int, ...] = ()  # and these ones, by text or id
+    n: int = 1  # answers, each with a seed of its own: `seed`, `seed` + 1, …
+    progress: bool = False  # tell how far loading and reading the prompt have come
     stream: bool = True
 
 
@@ -75,6 +79,9 @@ class Chat:
     shift: bool = True
     logprobs: bool = False
     top_logprobs: int = 0
+    logprob_tokens: tuple[str | int, ...] = ()
+    n: int = 1
+    progress: bool = False
     debug_render_only: bool = False
     stream: bool = True
 
@@ -139,6 +146,7 @@ class TokenLogprob:
     bytes: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()  # the likeliest tokens in its place, if asked for
+    named: tuple[TokenLogprob, ...] = ()  # the tokens in its place that were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +173,27 @@ class Stats:
 class Rendered:
     """A prompt as the model would see it."""
 
-    text: str
-    ids: tuple[int, ...]
+    text: str  # a picture is shown as [img-0]
+    ids: tuple[int, ...]  # the rows of a picture have ids behind those of the vocabulary
+    images: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """How far work has come that goes before an answer."""
+
+    stage: str  # "load" (units: bytes of weights), or "prompt" (units: tokens)
+    completed: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer; the last one is `done` and carries the reason, counts and context."""
+    """A piece of an answer; the last one is `done` and carries the reason, counts and context.
+
+    Of several answers each has its `index`, and ends with a piece that has a reason, but is not
+    `done`: that is the last piece of all, with the counts of all.
+    """
 
     text: str = ""
     done: bool = False
@@ -182,6 +204,12 @@ class Chunk:
     thinking: str = ""  # what the model thinks, apart from what it says
     tool_calls: tuple[ToolCall, ...] = ()
     rendered: Rendered | None = None  # instead of an answer, if only that was asked for
+    index: int | None = None  # which of several answers
+    answers: tuple[Chunk, ...] = ()  # all of them, where they are told as one
+    progress: Reached | None = None  # no piece of an answer, but how far one is from beginning
+
+
+IDLE = Chunk(progress=Reached("idle", 0, 0))  # nothing yet; heard where several answers are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +228,24 @@ class Create:
     licenses: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()  # the turns that begin every chat
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """One request to fetch a model from a registry."""
+
+    model: str
+    insecure: bool = False  # speak http to the registry
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """One request to send a model to a registry."""
+
+    model: str
+    insecure: bool = False
     stream: bool = True
 
 
@@ -235,3 +281,4 @@ class Progress:
     digest: str = ""
     total: int = 0
     completed: int = 0
+    resumed: int = 0  # of these, how many an earlier try had left

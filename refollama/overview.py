@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 Rows = list[tuple[str, ...]]
 
 LIST = ("NAME", "ID", "SIZE", "MODIFIED")
-PS = ("NAME", "ID", "SIZE", "PROCESSOR", "UNTIL")
+PS = ("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL")
 
 ID_LENGTH = 12  # hexadecimal digits; enough to tell models apart
 FIRST_LINES = 2  # of a long text
@@ -55,6 +55,7 @@ def ps_row(record: Record) -> tuple[str, ...]:
         short_id(record.get("digest")),
         terminal.human_size(size),
         processor(size, record.get("size_vram") or 0),
+        str(record.get("context_length") or ""),
         until(terminal.read_time(record.get("expires_at") or "")),
     )
 

@@ -7,9 +7,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from refollama.dialogue import (
     Prompt,
     chat_prompt,
     check_messages,
+    check_no_images,
     check_think,
     converse,
     generate_prompt,
@@ -26,8 +28,17 @@ from refollama.dialogue import (
 )
 from refollama.engine.engine import MAX_QUEUE
 from refollama.engine.sequence import Extras, never
-from refollama.errors import BadRequest, ModelNotFound, NotFound, RefollamaError, ServerBusy
-from refollama.loaded import Chunks, LoadedModel, runnable
+from refollama.errors import (
+    Abandoned,
+    BadRequest,
+    ModelNotFound,
+    NotFound,
+    RefollamaError,
+    RegistryError,
+    ServerBusy,
+    Stopping,
+)
+from refollama.loaded import DEFAULTS, Chunks, LoadedModel, runnable
 from refollama.messages import (
     Chat,
     Chunk,
@@ -39,25 +50,35 @@ from refollama.messages import (
     InMemory,
     Piece,
     Progress,
+    Pull,
+    Push,
     Rendered,
     Show,
     Stats,
     Tokenize,
 )
+from refollama.models.meter import Told, unheard
 from refollama.models.vectors import unit
 from refollama.options import Options
 from refollama.paths import is_path
 from refollama.sampling import grammar
-from refollama.shelf import LoadedModels, Running
-from refollama.show import Shown, show
+from refollama.several import check_count, several
+from refollama.shelf import Files, LoadedModels, Running
+from refollama.show import Shown, listed, show
 from refollama.store import ModelEntry, ModelFiles, Name, Store
 from refollama.store.blobs import checked_digest
+from refollama.store.registry.download import Downloads
+from refollama.store.registry.pull import pull
+from refollama.store.registry.push import push
+from refollama.telling import token_ids
 from refollama.text.spans import Span
 from refollama.text.tokenizer import Tokenizer, decode_spelled
 from refollama.vocabularies import tokenizer_of
+from refollama.watched import loading, paced
 from refollama.weights.gguf import is_gguf
 
 MOST_TEXT = 1 << 20  # characters that are tokenised in one request
+Transfer = Generator[Progress, None, None]
 Gone = Callable[[], bool]  # is nobody there any more who asked?
 
 FOR_EVER_SHOWN = 2**63 / 1e9  # seconds, some 292 years: what Ollama shows for "for ever"
@@ -73,6 +94,11 @@ class Runnable:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""  # in the store; empty for a file
 
+    @property
+    def projector(self) -> Path | None:
+        """What it sees with, if it can see; of several the first, as in Ollama."""
+        return next(iter(self.files.projectors), None) if self.files else None
+
 
 class Service:
     """The store, the loaded models, and what users ask of them.
@@ -80,6 +106,7 @@ class Service:
     `local_files`: may a request name a file of this machine? Only while nobody else can ask.
     `max_queue`: prompts that are answered or wait at one time; more are refused.
     `keep_alive`: seconds that a model stays in memory, where a request does not say.
+    `options`: what holds where neither the model nor the request says otherwise.
     """
 
     def __init__(
@@ -90,39 +117,96 @@ class Service:
         local_files: bool,
         max_queue: int = MAX_QUEUE,
         keep_alive: float = keep_alive.DEFAULT,
+        options: Options = DEFAULTS,
     ) -> None:
         self.store = store
         self.loaded = loaded
         self.local_files = local_files
         self.max_queue = max_queue
         self.keep_alive = keep_alive
+        self.options = options
         self._places = threading.BoundedSemaphore(max_queue)
+        self._downloads = Downloads(store.blobs)
+        self._closing = threading.Event()
 
     @classmethod
     def default(cls, *, local_files: bool) -> Service:
-        """As the environment says: OLLAMA_MODELS, OLLAMA_KEEP_ALIVE, OLLAMA_MAX_QUEUE, …"""
+        """As the environment says: OLLAMA_MODELS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, …"""
         loaded = LoadedModels(
             limit=_count("OLLAMA_MAX_LOADED_MODELS", 1), slots=_count("OLLAMA_NUM_PARALLEL", 1)
         )
-        queue = _count("OLLAMA_MAX_QUEUE", MAX_QUEUE)
-        keep = keep_alive.from_environment(os.environ)
         return cls(
-            Store.default(), loaded, local_files=local_files, max_queue=queue, keep_alive=keep
+            Store.default(),
+            loaded,
+            local_files=local_files,
+            max_queue=_count("OLLAMA_MAX_QUEUE", MAX_QUEUE),
+            keep_alive=keep_alive.from_environment(os.environ),
+            options=dataclasses.replace(
+                DEFAULTS, num_ctx=_count("OLLAMA_CONTEXT_LENGTH", DEFAULTS.num_ctx)
+            ),
         )
 
     def close(self) -> None:
-        """Unload all models; running answers end with an error."""
+        """Unload all models; running answers, pulls and pushes end with an error."""
+        self._closing.set()
         self.loaded.close()
 
     def tags(self) -> Sequence[ModelEntry]:
-        """The models in the store."""
-        return self.store.list()
+        """The models in the store, and what their files say of them."""
+        return listed(self.store, self.store.list())
 
-    def create(self, ask: Create) -> Generator[Progress, None, None]:
-        """Make a model out of a Modelfile."""
-        if not ask.model:
-            raise BadRequest("model is required")
-        return create(self.store, ask, local_files=self.local_files)
+    def create(self, ask: Create, gone: Gone = never) -> Transfer:
+        """Make a model out of a Modelfile.  A model that FROM names, and that is not here, is
+        pulled first.
+
+        Raises: as `create.create` and `pull` do; NotFound if it cannot be pulled either.
+        """
+        _named(ask.model)
+        try:
+            return create(self.store, ask, local_files=self.local_files)
+        except ModelNotFound as missing:
+            return self._pulled_first(ask, missing.name, gone)
+
+    def _pulled_first(self, ask: Create, parent: str, gone: Gone) -> Transfer:
+        yield Progress("pulling model")
+        try:
+            yield from self.pull(Pull(parent), gone)
+        except RegistryError as error:
+            raise NotFound(f"model '{parent}' not found, and not to be pulled: {error}") from None
+        yield from self.create(ask, gone)  # another FROM may name another one
+
+    def pull(self, ask: Pull, gone: Gone = never) -> Transfer:
+        """Fetch a model from its registry; pulls of the same blob share one download.
+
+        Closing the iterator leaves the work; what was fetched stays for the next pull.
+        Raises: before the first step BadRequest and its kin; later RegistryError, StoreError,
+        FormatError, and Stopping when the service closes.
+        """
+        _named(ask.model)
+        gone, insecure = self._or_closing(gone), ask.insecure
+        return self._told(
+            ask.model,
+            pull(self.store, ask.model, insecure=insecure, downloads=self._downloads, gone=gone),
+        )
+
+    def push(self, ask: Push, gone: Gone = never) -> Transfer:
+        """Send a model to its registry.  Raises: as `pull` does, and ModelNotFound."""
+        _named(ask.model)
+        gone, insecure = self._or_closing(gone), ask.insecure
+        return self._told(ask.model, push(self.store, ask.model, insecure=insecure, gone=gone))
+
+    def _or_closing(self, gone: Gone) -> Gone:
+        return lambda: self._closing.is_set() or gone()
+
+    def _told(self, model: str, steps: Transfer) -> Transfer:
+        """The steps; who still listens when the service closes is told why they end."""
+        try:
+            with _as_sent(model):
+                yield from steps
+        except Abandoned:
+            if self._closing.is_set():
+                raise Stopping("the server stops; what was transferred stays") from None
+            raise
 
     def show(self, ask: Show) -> Shown:
         """All about a model.  Raises: BadRequest and its kin, NotFound, FormatError."""
@@ -192,28 +276,39 @@ class Service:
         return self._answer(ask, gone)
 
     def _answer(self, ask: Generate | Chat, gone: Gone) -> Chunks:
+        ask = dataclasses.replace(ask, progress=ask.progress and ask.stream)
+        return paced(self._chunks(ask, gone)) if ask.progress else self._chunks(ask, gone)
+
+    def _chunks(self, ask: Generate | Chat, gone: Gone) -> Chunks:
         start = time.perf_counter_ns()
         _check(ask)
         files = self.find(ask.model)
-        options = Options().updated(files.parameters)
+        _check_sees(files, ask)
+        options = self.options.updated(files.parameters)
         options = options.updated(ask.options, strict=ask.strict)
         empty = not (ask.messages if isinstance(ask, Chat) else ask.prompt)
         if empty and self.unloaded(ask, files):
             yield Chunk(done=True, done_reason="unload")
             return
-        with self.model(ask, files, options, gone) as model:
-            loading = time.perf_counter_ns() - start
+        with ExitStack() as held:
+            lease = partial(self.model, ask, files, options, gone)
+            if ask.progress:
+                model = yield from loading(lambda told: held.enter_context(lease(told)))
+            else:
+                model = held.enter_context(lease())
+            loaded = time.perf_counter_ns() - start
             _check_completes(model, ask)
             if empty:
                 yield Chunk(done=True, done_reason="load")
                 return
             prompt = _prompt(model, files, ask, options)
             if ask.debug_render_only:
-                yield Chunk(done=True, rendered=Rendered(prompt.text, tuple(prompt.tokens)))
+                yield Chunk(done=True, rendered=_rendered(prompt))
                 return
-            with closing(converse(model, prompt, options, _extras(model, ask, gone))) as chunks:
-                for chunk in chunks:
-                    yield _finished(chunk, ask, start, loading) if chunk.done else chunk
+            one = partial(converse, model, prompt)
+            chunks = several(one, options, _extras(model, ask, gone), ask.n)
+            for chunk in held.enter_context(closing(chunks)):
+                yield _finished(chunk, ask, start, loaded) if chunk.done else chunk
 
     def embed(self, ask: Embed, gone: Callable[[], bool] = never) -> Embedded:
         """A vector for each text; all texts are checked before any work is put into one.
@@ -224,7 +319,7 @@ class Service:
         if not ask.model:
             raise BadRequest("model is required")
         files = self.find(ask.model)
-        options = Options().updated(files.parameters)
+        options = self.options.updated(files.parameters)
         options = options.updated(ask.options, strict=ask.strict)
         if not ask.input and self.unloaded(ask, files):
             return Embedded((), Stats())
@@ -269,7 +364,12 @@ class Service:
 
     @contextmanager
     def model(
-        self, ask: Generate | Chat | Embed, files: Runnable, options: Options, gone: Gone
+        self,
+        ask: Generate | Chat | Embed,
+        files: Runnable,
+        options: Options,
+        gone: Gone,
+        told: Told = unheard,
     ) -> Iterator[LoadedModel]:
         """A place in the queue and the model, which then stays for the request's `keep_alive`.
 
@@ -277,7 +377,8 @@ class Service:
         """
         keep = self.keep_alive if ask.keep_alive is None else ask.keep_alive
         name = files.name or ask.model
-        lease = self.loaded.lease(files.weights, options, gone, keep=keep, name=name)
+        source = Files(files.weights, files.projector)
+        lease = self.loaded.lease(source, options, gone, keep=keep, name=name, told=told)
         with self._place(), lease as model:
             yield model
 
@@ -288,7 +389,7 @@ class Service:
         """
         if ask.keep_alive != 0:
             return False
-        self.loaded.unload(files.weights)
+        self.loaded.unload(Files(files.weights, files.projector))
         return True
 
     @contextmanager
@@ -340,11 +441,26 @@ def _check_completes(model: LoadedModel, ask: Generate | Chat) -> None:
         raise BadRequest(f'"{ask.model}" does not support {asked}')
 
 
+def _check_sees(files: Runnable, ask: Generate | Chat) -> None:
+    """Before a model is loaded that cannot look at what it is shown."""
+    if files.projector is None:
+        check_no_images(ask.messages if isinstance(ask, Chat) else (ask,))
+
+
+def _rendered(prompt: Prompt) -> Rendered:
+    return Rendered(prompt.text, tuple(prompt.tokens), len(prompt.pictures))
+
+
 def _check(ask: Generate | Chat) -> None:
     """What is wrong with a request whatever model it is for."""
     _named(ask.model)
     if not 0 <= ask.top_logprobs <= MOST_LOGPROBS:
         raise BadRequest(f"top_logprobs must be between 0 and {MOST_LOGPROBS}")
+    if len(ask.logprob_tokens) > MOST_LOGPROBS:
+        raise BadRequest(f"logprob_tokens must name {MOST_LOGPROBS} tokens at most")
+    if ask.logprob_tokens and not ask.logprobs:
+        raise BadRequest('logprob_tokens needs "logprobs": true')
+    check_count(ask.n)
     check_think(ask.think)
     grammar.source(ask.format)  # said before a model is loaded for it
     if isinstance(ask, Chat):
@@ -374,8 +490,17 @@ def _extras(model: LoadedModel, ask: Generate | Chat, gone: Gone) -> Extras:
         truncate=ask.truncate,
         shift=ask.shift,
         logprobs=ask.top_logprobs if ask.logprobs else None,
+        named=_named_tokens(model, ask),
+        progress=ask.progress,
         grammar=model.grammar(ask.format),
     )
+
+
+def _named_tokens(model: LoadedModel, ask: Generate | Chat) -> tuple[int, ...]:
+    try:
+        return token_ids(model.tokenizer, ask.logprob_tokens)
+    except BadRequest as error:
+        raise BadRequest(f"logprob_tokens: {error}") from None
 
 
 def _finished(chunk: Chunk, ask: Generate | Chat, start: int, loading: int) -> Chunk:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,28 @@ from refollama.errors import Abandoned, RefollamaError, Stopping
 from refollama.keep_alive import FOR_EVER
 from refollama.loaded import DEFAULTS, LoadedModel, load_file
 from refollama.models.memory import Placement
+from refollama.models.meter import Told, unheard
 from refollama.options import Options
 from refollama.paths import file_state
 
-_Key = tuple[object, Placement]  # which file, and where its weights lie
+_Key = tuple[object, Placement]  # which files, and where their weights lie
+
+
+class Files(NamedTuple):
+    """What a model is loaded from."""
+
+    weights: Path
+    projector: Path | None = None  # of a vision model: what it sees with
+
+    @classmethod
+    def of(cls, given: Path | Files) -> Files:
+        return given if isinstance(given, Files) else cls(given)
+
+    @property
+    def state(self) -> object:
+        """Equal as long as these are the same files; the same weights with other eyes are not."""
+        eyes = None if self.projector is None else file_state(self.projector)
+        return file_state(self.weights), eyes
 
 
 class Use(NamedTuple):
@@ -68,30 +87,36 @@ class LoadedModels:
     @contextmanager
     def lease(
         self,
-        path: Path,
+        source: Path | Files,
         options: Options = DEFAULTS,
         gone: Callable[[], bool] = never,
         *,
         keep: float = FOR_EVER,
         name: str = "",
+        told: Told = unheard,
     ) -> Iterator[LoadedModel]:
-        """The model of this file, placed as the options say; while the lease lasts it stays.
+        """The model of these files, placed as the options say; while the lease lasts it stays.
 
         gone: asked now and then while waiting.  keep: seconds that the model stays afterwards,
-        unless a later lease says otherwise.  name: for `running`.
+        unless a later lease says otherwise.  name: for `running`.  told: as in `load`, if it is
+        loaded now, by whomever.
         Raises: Abandoned if `gone` says yes, Stopping, and all that `load_file` raises.
         """
-        key = (file_state(path), Placement.of(options))
+        files = Files.of(source)
+        key = (files.state, Placement.of(options))
+        load = partial(load_file, files.weights, options, projector=files.projector)
         entry = self._admitted(key, gone)
-        entry.use = Use(name or path.name, options, keep)
+        entry.use = Use(name or files.weights.name, options, keep)
         try:
-            yield self._loaded(key, entry, path, options)
+            with entry.watched(told):
+                model = self._loaded(key, entry, load)
+            yield model
         finally:
             self._release(key, entry)
 
-    def unload(self, path: Path) -> None:
-        """Let go of the model of this file, as soon as nobody uses it; it need not be loaded."""
-        identity = file_state(path)
+    def unload(self, source: Path | Files) -> None:
+        """Let go of the model of these files, as soon as nobody uses it; it need not be loaded."""
+        identity = Files.of(source).state
         with self._changed:
             found = {key: entry for key, entry in self._entries.items() if key[0] == identity}
             for entry in found.values():
@@ -162,14 +187,14 @@ class LoadedModels:
             self._entries[key] = _Entry(evicted)
         return self._entries[key]
 
-    def _loaded(self, key: _Key, entry: _Entry, path: Path, options: Options) -> LoadedModel:
+    def _loaded(self, key: _Key, entry: _Entry, load: Callable[..., LoadedModel]) -> LoadedModel:
         with entry.loading:  # the second request for a model waits for the first to load it
             entry.evict()
             if entry.failure is not None:
                 raise _again(entry.failure)
             if entry.model is None:
                 try:
-                    entry.model = load_file(path, options, slots=self.slots)
+                    entry.model = load(slots=self.slots, told=entry.tell)
                 except Exception as failure:
                     entry.failure = failure
                     raise
@@ -252,6 +277,21 @@ class _Entry:
         self.users = 0
         self.last_used = 0.0
         self.loading = threading.Lock()
+        self._watchers: list[Told] = []
+
+    @contextmanager
+    def watched(self, told: Told) -> Iterator[None]:
+        """Whoever loads the model meanwhile, tells this one too."""
+        self._watchers.append(told)
+        try:
+            yield
+        finally:
+            self._watchers.remove(told)
+
+    def tell(self, done: int, total: int) -> None:
+        """To all who wait for it."""
+        for told in list(self._watchers):
+            told(done, total)
 
     def evict(self) -> None:
         """Let go of the one before. It may have to wait for a step of its model."""

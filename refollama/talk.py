@@ -84,7 +84,7 @@ class Ask:
     options: Mapping[str, Any] | None = None
     format: Any = None  # "json" or a JSON schema
     keep_alive: str | int | None = None
-    think: bool | None = None
+    think: bool | str | None = None
     raw: bool | None = None  # the prompt is what the model sees
     wordwrap: bool = True
     verbose: bool = False
@@ -97,6 +97,7 @@ class Ask:
             "format": self.format,
             "keep_alive": self.keep_alive,
             "think": self.think,
+            "progress": sys.stderr.isatty() or None,
         }
 
 
@@ -257,7 +258,9 @@ def look(client: Client, model: str, verbose: bool = False) -> Record:
 # --- images ----------------------------------------------------------------------------------
 
 # A path that says so by its beginning, up to the nearest ending of an image; spaces are allowed.
-_IMAGE = re.compile(r"(?:\./|~/|/)(?:\\.|[^\\\n])*?\.(?:jpe?g|png|webp|svg)\b", re.IGNORECASE)
+_IMAGE = re.compile(
+    r"(?:\./|~/|/)(?:\\.|[^\\\n])*?\.(?:jpe?g|png|webp|gif|bmp|svg)\b", re.IGNORECASE
+)
 
 
 def see(client: Client, ask: Ask, text: str) -> tuple[str, list[str] | None]:

@@ -6,27 +6,40 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from refollama.engine.sequence import Logprob
+from refollama.engine.sequence import Extras, Logprob, Read
 from refollama.engine.sequence import Sequence as Running
-from refollama.messages import Chunk, Stats, TokenLogprob
+from refollama.errors import BadRequest
+from refollama.messages import IDLE, Chunk, Reached, Stats, TokenLogprob
 from refollama.text.stops import StopStrings
 from refollama.text.tokenizer import StreamDecoder, Tokenizer
+
+SHOWN = 8  # tokens in an error message
 
 
 class Telling:
     """An answer on its way from ids to pieces of text; formed: a grammar says what it may be."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sequence: Running, stop: Sequence[str], *, formed: bool = False
+        self, tokenizer: Tokenizer, sequence: Running, stop: Sequence[str], extras: Extras
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence = sequence
-        self.formed = formed
+        self.prompt = extras.words(sequence.prompt)  # a picture is no text
+        self.formed = extras.grammar is not None
+        self.spelled = extras.spelled
         self.stops = StopStrings(stop)
         self.drawn: list[int] = []
         self.shown = 0  # characters
         self._decoder = self._after_prompt()
         self._noted = 0  # tokens whose log-probabilities were told
+
+    def hear(self, item: int | Read | None) -> Chunk | None:
+        """What there is to say of the next item of a stream; see `Stream.items`."""
+        if item is None:
+            return IDLE
+        if isinstance(item, Read):
+            return Chunk(progress=Reached("prompt", item.tokens, len(self.sequence.prompt)))
+        return self.push(item)
 
     def push(self, token: int) -> Chunk | None:
         """The text that is safe to show now, if there is any."""
@@ -44,7 +57,7 @@ class Telling:
         return "length" if self.formed else "stop"
 
     def _after_prompt(self) -> StreamDecoder:
-        decoder = StreamDecoder(self.tokenizer, after=self.sequence.prompt)
+        decoder = StreamDecoder(self.tokenizer, self.prompt, self.spelled)
         if self.formed:
             decoder.finish()  # half a character of the prompt is no part of the form
         return decoder
@@ -63,10 +76,10 @@ class Telling:
         return tuple(self._named(one) for one in likely)
 
     def context(self) -> tuple[int, ...]:
-        """The ids of the prompt and of what was shown; a token that was cut is respelled."""
+        """The ids of the prompt's text and of what was shown; a token that was cut is respelled."""
         if not self.stops.hit:
-            return (*self.sequence.prompt, *self.drawn)
-        return (*self.sequence.prompt, *self._visible())
+            return (*self.prompt, *self.drawn)
+        return (*self.prompt, *self._visible())
 
     def _visible(self) -> list[int]:
         """The ids of an answer's first `shown` characters."""
@@ -84,11 +97,33 @@ class Telling:
 
     def _named(self, one: Logprob) -> TokenLogprob:
         best = tuple(self._token(id, logprob) for id, logprob in one.best)
-        return replace(self._token(one.id, one.logprob), top=best)
+        asked = tuple(self._token(id, logprob) for id, logprob in one.named)
+        return replace(self._token(one.id, one.logprob), top=best, named=asked)
 
     def _token(self, id: int, logprob: float) -> TokenLogprob:
         spelled = self.tokenizer.spelling(id)
         return TokenLogprob(id, spelled.decode(errors="replace"), spelled, logprob)
+
+
+def token_ids(words: Tokenizer, tokens: Sequence[str | int]) -> tuple[int, ...]:
+    """The ids of single tokens, which are given by id, or by what they print.
+
+    Raises: BadRequest for a text that is not one token of the vocabulary, and for strange ids.
+    """
+    return tuple(_token_id(words, token) for token in tokens)
+
+
+def _token_id(words: Tokenizer, token: str | int) -> int:
+    if isinstance(token, int):
+        words.piece(token)  # raises, if there is none
+        return token
+    some = token[: words.longest + 1]  # what is longer is not one token; that much shows why
+    ids = words.encode(some, special=True, continues=True)
+    if len(ids) != 1:
+        shown = " ".join(repr(words.spelling(id).decode(errors="replace")) for id in ids[:SHOWN])
+        more = " …" if len(ids) > SHOWN or some != token else ""
+        raise BadRequest(f"{token[:40]!r} is not one token, but these: {shown or 'none'}{more}")
+    return ids[0]
 
 
 def stats(seq: Running, start: int, drawn: int) -> Stats:

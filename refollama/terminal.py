@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 # --- things that move ------------------------------------------------------------------------
 
+LONG = 1.0  # seconds; what takes no longer needs no bar
+ROOM_FOR_A_BAR = 72  # columns; with fewer, the numbers beside it would be cut
+
 
 def spinner(text: str) -> AbstractContextManager[object]:
     """Something that turns on standard error, while there is nothing else to show."""
@@ -152,63 +156,164 @@ def spinner(text: str) -> AbstractContextManager[object]:
 
 
 def until_first(records: Iterable[Record], text: str) -> Iterator[Record]:
-    """The same records, with a spinner until the first one has come."""
+    """The records of an answer, without those that tell how far it is from beginning.
+
+    Until the first one has come there is a spinner, or a bar for what takes long.
+    """
     records = iter(records)
-    with spinner(text):
-        first = next(records, None)
+    with closing(_Waiting(text)) as waiting:
+        first = next((record for record in records if not waiting.shows(record)), None)
     if first is not None:
         yield first
         yield from records
 
 
-def show_progress(records: Iterable[Record]) -> None:
-    """Show progress records as they come: bars where a total is known, else a line per status."""
-    if sys.stderr.isatty():
-        _show_bars(records)
-    else:
-        _show_lines(records)
+class _Waiting:
+    """A spinner; from what is told of a stage later than LONG after its beginning, a bar instead.
 
-
-def _show_lines(records: Iterable[Record]) -> None:
-    """Each status once: a log has no use for a bar."""
-    shown = None
-    for record in records:
-        status = str(record.get("status", ""))
-        if status != shown:
-            print(status, file=sys.stderr, flush=True)
-        shown = status
-
-
-def _show_bars(records: Iterable[Record]) -> None:
-    """A bar for each digest, with bytes, rate and time left; other statuses scroll above.
-
-    At the end the bars go, and the statuses stay.
+    At the end there is neither.
     """
-    shown = None
-    bars: dict[str, TaskID] = {}
-    with _bars() as display:
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = ExitStack()
+        self._stage, self._since = "", 0.0
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._shown.enter_context(spinner(text))
+
+    def close(self) -> None:
+        """Take away what is shown."""
+        self._shown.close()
+        self._bar = None
+
+    def shows(self, record: Record) -> bool:
+        """Does it tell of a stage?  Then it is shown."""
+        reached = record.get("progress")
+        if not reached:
+            return False
+        if reached["stage"] != self._stage:
+            self._begin(reached["stage"])
+        elif self._bar is None and time.monotonic() - self._since >= LONG:
+            self._draw(reached)
+        if self._bar is not None:
+            display, task = self._bar
+            display.update(task, completed=reached["completed"])
+        return True
+
+    def _begin(self, stage: str) -> None:
+        self._stage, self._since = stage, time.monotonic()
+        if self._bar is not None:
+            self.close()
+            self._shown.enter_context(spinner(self._text))
+
+    def _draw(self, reached: Record) -> None:
+        """Not for what is done by now."""
+        if reached["completed"] >= reached["total"] or not sys.stderr.isatty():
+            return
+        self.close()
+        display = self._shown.enter_context(_bars(tokens=self._stage == "prompt"))
+        named = {"load": "loading", "prompt": "reading the prompt"}
+        task = display.add_task(named.get(self._stage, self._text), total=reached["total"])
+        self._bar = display, task
+
+
+def show_progress(records: Iterable[Record]) -> None:
+    """Show progress records as they come: a bar for each layer that moves, a line for all else.
+
+    At the end the bars go, and the lines stay. What is no terminal gets lines alone: of a layer
+    one when it begins and one when it is done.
+    """
+    with _bars() if sys.stderr.isatty() else nullcontext() as display:
+        layers = _Layers(display)
         for record in records:
-            status = str(record.get("status", ""))
-            if record.get("total"):
-                _move_bar(display, bars, record)
-            elif status != shown:
-                display.console.print(status, markup=False, highlight=False, soft_wrap=True)
-            shown = status
+            layers.show(record)
 
 
-def _bars() -> Progress:
-    """Bars that say how much, how fast and how much longer, and go at the end."""
+class _Layers:
+    """What each record adds to those before it: a status, or a layer that begins, moves, ends."""
+
+    def __init__(self, display: Progress | None) -> None:
+        self._display = display  # None: no terminal
+        self._status = ""  # of the last record
+        self._bars: dict[str, TaskID | None] = {}  # of the layers that move; None: no terminal
+        self._done: set[str] = set()
+
+    def show(self, record: Record) -> None:
+        """The next record."""
+        status = str(record.get("status", ""))
+        if record.get("total"):
+            self._layer(status, record)
+        elif status != self._status:
+            self._done.clear()  # another piece of work may go by the same name
+            self._say(status)
+        self._status = status
+
+    def _layer(self, status: str, record: Record) -> None:
+        key = str(record.get("digest") or status)
+        if key in self._done:
+            return
+        total = int(record["total"])
+        done = min(int(record.get("completed") or 0), total)
+        if done < total:
+            self._begin(key, status, record)
+            self._move(key, done, total)
+        else:
+            self._end(key, f"{status}: {human_size(total)}")
+
+    def _begin(self, key: str, status: str, record: Record) -> None:
+        """The rate of a bar counts from what an earlier try had left."""
+        if key in self._bars:
+            return
+        before = int(record.get("resumed") or 0)
+        if before:
+            self._say(f"{status}: resumed at {human_size(before)} of {human_size(record['total'])}")
+        elif self._display is None and status != self._status:
+            self._say(status)
+        self._bars[key] = None
+        if self._display is not None:
+            self._bars[key] = self._display.add_task(printable(status), completed=before)
+
+    def _move(self, key: str, done: int, total: int) -> None:
+        bar = self._bars[key]
+        if self._display is not None and bar is not None:
+            self._display.update(bar, total=total, completed=done)
+
+    def _end(self, key: str, told: str) -> None:
+        """The bar becomes a line."""
+        bar = self._bars.pop(key, None)
+        if self._display is not None and bar is not None:
+            self._display.remove_task(bar)
+        self._done.add(key)
+        self._say(told)
+
+    def _say(self, text: str) -> None:
+        if self._display is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            console = self._display.console
+            console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _bars(*, tokens: bool = False) -> Progress:
+    """Bars that say how much, how fast and how much longer, and go at the end.
+
+    A narrow terminal gets the numbers without the picture.
+    """
     from rich import progress
     from rich.console import Console
 
+    console = Console(stderr=True)
+    picture = [progress.BarColumn(bar_width=None)] if console.width >= ROOM_FOR_A_BAR else []
+    bytes = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+    counted = [progress.TextColumn("{task.completed}/{task.total} tokens")]
     columns = (
         progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.percentage:>3.0f}%"),
+        *picture,
+        *(counted if tokens else bytes),
+        progress.TimeRemainingColumn(compact=True),
     )
-    return progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    return progress.Progress(*columns, console=console, transient=True, expand=True)
 
 
 @contextmanager
@@ -221,16 +326,6 @@ def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     with _bars() as display:
         task = display.add_task(text, total=total)
         yield lambda done: display.advance(task, done)
-
-
-def _move_bar(display: Progress, bars: dict[str, TaskID], record: Record) -> None:
-    """The bar of this record's digest, moved, or drawn if it is new."""
-    status = str(record.get("status", ""))
-    key = str(record.get("digest") or status)
-    if key not in bars:
-        bars[key] = display.add_task(status)
-    done = record.get("completed") or 0
-    display.update(bars[key], description=status, total=record["total"], completed=done)
 
 
 # --- answers ---------------------------------------------------------------------------------

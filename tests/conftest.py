@@ -19,8 +19,11 @@ def home(tmp_path_factory, monkeypatch):
     place = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setenv("OLLAMA_MODELS", str(place / "models"))
-    for name in ("OLLAMA_HOST", "OLLAMA_ORIGINS", "OLLAMA_NOPRUNE", "OLLAMA_NUM_PARALLEL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("HOST", "ORIGINS", "NOPRUNE", "NUM_PARALLEL", "API_KEY", "CONTEXT_LENGTH"):
+        monkeypatch.delenv(f"OLLAMA_{name}", raising=False)
+    monkeypatch.delenv("OLLAMA_REGISTRY_HOST", raising=False)
+    # Nothing leaves this machine: what is pulled without a word of where from finds nobody.
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     return place
 
 

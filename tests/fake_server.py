@@ -58,7 +58,8 @@ COUNTS = {
     "eval_count": 259,
     "eval_duration": 4_232_710_000,
 }
-
+LAYER = f"sha256:{'ab' * 32}"
+STEPS = (1_000_000, 2_500_000, 4_000_000)  # bytes of it, one after another
 
 Told = Callable[[str], dict[str, Any]]  # a piece of an answer as one of the routes tells it
 
@@ -120,6 +121,21 @@ class FakeServer:
         layer = {"status": "writing layer", "digest": "sha256:ab", "total": 2_000_000}
         steps = [layer, {**layer, "completed": 1_000_000}, {**layer, "completed": 2_000_000}]
         return many([{"status": "parsing"}, *steps, {"status": "success"}])
+
+    def _pull(self, _: dict[str, Any]) -> Response:
+        """One layer that an earlier try had begun, and one that is there already."""
+        layer = {"status": f"pulling {'ab' * 6}", "digest": LAYER, "total": 4_000_000}
+        moves = [{**layer, "completed": at, "resumed": 1_000_000} for at in STEPS]
+        there = {"status": f"pulling {'cd' * 6}", "digest": f"sha256:{'cd' * 32}", "total": 500}
+        steps: list[dict[str, Any]] = [{"status": "pulling manifest"}, *moves]
+        steps += [{**there, "completed": 500}, {"status": "verifying sha256 digest"}]
+        return many([*steps, {"status": "success"}])
+
+    def _push(self, _: dict[str, Any]) -> Response:
+        layer = {"status": f"pushing {'ab' * 6}", "digest": LAYER, "total": 4_000_000}
+        moves = [layer, {**layer, "completed": 4_000_000}]
+        end = [{"status": "pushing manifest"}, {"status": "success"}]
+        return many([{"status": "retrieving manifest"}, *moves, *end])
 
     def _show(self, body: dict[str, Any]) -> Response:
         info = SHOW["model_info"]

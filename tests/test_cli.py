@@ -21,7 +21,7 @@ from typing import IO, Any
 import pytest
 from click.testing import CliRunner, Result
 
-from refollama import private_server
+from refollama import private_server, terminal
 from refollama.cli import cli
 from refollama.client import Client
 from tests import fake_server
@@ -82,7 +82,22 @@ def failed(result: Result, sentence: str, status: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "create", "list", "run", "show", "ps", "stop", "cp", "rm"]
+    "command",
+    [
+        "serve",
+        "create",
+        "list",
+        "run",
+        "show",
+        "ps",
+        "stop",
+        "cp",
+        "rm",
+        "pull",
+        "push",
+        "login",
+        "logout",
+    ],
 )
 def test_every_help_page_teaches(command):
     for page in (refollama(command, "--help"), refollama(command, "-h")):
@@ -179,12 +194,23 @@ def test_all_options_travel(server):
         (["--keepalive", "0"], {"keep_alive": 0}),
         (["--think"], {"think": True}),
         (["--nothink"], {"think": False}),
+        (["--think=high"], {"think": "high"}),
+        (["--think=true"], {"think": True}),
+        (["--think=false"], {"think": False}),
     ],
 )
 def test_flags_become_fields(server, arguments, sent):
     assert refollama("run", "tale", *arguments, "hi").exit_code == 0
     plain = {"model": "tale", "prompt": "hi", "stream": True}
     assert server.requests == [("generate", {**plain, **sent})]
+
+
+def test_a_level_stands_behind_its_sign_only(server):
+    """What follows `--think` is the prompt, and so is all that stands behind `--`."""
+    assert refollama("run", "tale", "--think", "high").exit_code == 0
+    assert refollama("run", "tale", "--", "--think=high").exit_code == 0
+    sent = [(body["prompt"], body.get("think")) for _, body in server.requests]
+    assert sent == [("high", True), ("--think=high", None)]
 
 
 def test_thinking_is_no_part_of_the_answer(server):
@@ -224,8 +250,8 @@ def test_verbose_puts_the_statistics_on_stderr(server):
 
 
 def test_errors_of_the_server_are_sentences(server):
-    server.script["generate"] = one({"error": "model 'x' not found, try pulling it first"}, 404)
-    failed(refollama("run", "x", "hi"), "Error: model 'x' not found, try pulling it first\n")
+    server.script["generate"] = one({"error": "top_p must be between 0 and 1"}, 400)
+    failed(refollama("run", "x", "hi"), "Error: top_p must be between 0 and 1\n")
     server.script["generate"] = many([{"response": "a"}, {"error": "out of memory"}])
     failed(refollama("run", "x", "hi"), "Error: out of memory\n")
 
@@ -271,7 +297,12 @@ def test_create_sends_the_text_and_its_folder(server, home):
     (home / "sub" / "file").write_text("FROM ./x.gguf\nSYSTEM \u00e9\n", "utf-8")
     result = refollama("create", "tale", "-f", "sub/file")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr.splitlines() == ["parsing", "writing layer", "success"]
+    assert result.stderr.splitlines() == [
+        "parsing",
+        "writing layer",
+        "writing layer: 2 MB",
+        "success",
+    ]
     route, body = server.requests[0]
     assert (route, body["directory"]) == ("create", str(home / "sub"))
     assert body["modelfile"] == "FROM ./x.gguf\nSYSTEM \u00e9\n"
@@ -279,13 +310,14 @@ def test_create_sends_the_text_and_its_folder(server, home):
 
 def test_another_machine_is_sent_the_files(server, home, monkeypatch):
     """As blobs, once; the text that it gets names them, and is the same otherwise."""
-    monkeypatch.setattr("refollama.cli.on_this_machine", lambda url: False)
+    monkeypatch.setattr("refollama.transfer.on_this_machine", lambda url: False)
     (home / "sub").mkdir()
     (home / "sub" / "a b.gguf").write_bytes(b"weights" * 500_000)
     text = 'from "{}"  \nFROM tale\nADAPTER ./gone\nSYSTEM """\nFROM here\n"""\n'
     (home / "sub" / "Modelfile").write_text(text.format("a b.gguf"), "utf-8")
     first = refollama("create", "tale", "-f", "sub/Modelfile")
-    steps = ["reading a b.gguf", "sending a b.gguf", "parsing", "writing layer", "success"]
+    steps = ["reading a b.gguf", "sending a b.gguf", "parsing", "writing layer"]
+    steps += ["writing layer: 2 MB", "success"]
     assert (first.exit_code, first.stderr.splitlines()) == (0, steps)
     digest = f"sha256:{hashlib.sha256(b'weights' * 500_000).hexdigest()}"
     assert server.blobs == {digest: b"weights" * 500_000}
@@ -294,8 +326,15 @@ def test_another_machine_is_sent_the_files(server, home, monkeypatch):
     assert "sending a b.gguf" not in refollama("create", "tale", "-f", "sub/Modelfile").stderr
 
 
+@pytest.mark.parametrize("flag", ["-q", "--quantize"])
+def test_what_cannot_be_done_yet_is_said_before_anything_is_sent(server, home, flag):
+    (home / "Modelfile").write_text("FROM tale\n")
+    failed(refollama("create", "small", flag, "q4_0"), "this version cannot quantise")
+    assert server.requests == []
+
+
 def test_a_blob_that_is_refused_is_told(server, home, monkeypatch):
-    monkeypatch.setattr("refollama.cli.on_this_machine", lambda url: False)
+    monkeypatch.setattr("refollama.transfer.on_this_machine", lambda url: False)
     monkeypatch.setattr("refollama.upload.hashlib", SimpleNamespace(sha256=hashlib.md5))
     (home / "x.gguf").touch()
     (home / "Modelfile").write_text("FROM ./x.gguf", "utf-8")
@@ -413,9 +452,9 @@ def test_show_repeats_the_servers_error(server):
 
 def test_ps(server):
     header, row = refollama("ps").stdout.splitlines()
-    assert header.split() == ["NAME", "ID", "SIZE", "PROCESSOR", "UNTIL"]
+    assert header.split() == ["NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL"]
     cells = [cell.strip() for cell in row.split("\t")]
-    assert cells == ["tale:latest", "fe938a131f40", "5 GB", "30%/70% CPU/GPU", "Forever"]
+    assert cells == ["tale:latest", "fe938a131f40", "5 GB", "30%/70% CPU/GPU", "2048", "Forever"]
     assert len(refollama("ps", "other").stdout.splitlines()) == 1
 
 
@@ -889,6 +928,26 @@ class Terminal:
         return self.process.wait(10)
 
 
+def test_a_bar_while_a_long_prompt_is_read(server):
+    def slowly():
+        for completed in (0, 512, 1024):
+            yield {"response": "", "progress": {**stage, "completed": completed}}
+            time.sleep(terminal.LONG + 0.1 if completed == 0 else 0.3)
+        yield from ({"response": "a tale"}, {"response": "", "done": True})
+
+    stage = {"stage": "prompt", "total": 2000}
+    server.script["generate"] = many(slowly())
+    with Terminal("run", "tale", "tell") as screen:
+        screen.sees("reading the prompt")
+        screen.sees("1024/2000 tokens")
+        screen.sees("a tale")
+        assert screen.status() == 0
+    assert server.requests[-1][1]["progress"] is True
+    del server.script["generate"]
+    assert refollama("run", "tale", "tell").exit_code == 0
+    assert "progress" not in server.requests[-1][1]  # no terminal: nothing would be shown
+
+
 def test_a_conversation(server):
     """What was said goes along; an answer that was stopped leaves no trace in it."""
     with Terminal("run", "tale", "-o", "seed=1") as screen:
@@ -1014,11 +1073,11 @@ def test_sigterm_at_the_prompt(nobody, home):
     assert is_gone(int(pid_file.read_text()))
 
 
-def test_create_in_a_terminal_draws_a_bar(server, home):
+def test_create_in_a_terminal_says_what_is_done(server, home):
     (home / "Modelfile").write_text("FROM ./x.gguf", "utf-8")
     with Terminal("create", "tale") as screen:
         screen.sees("parsing")
-        screen.sees("2.0/2.0 MB")
+        screen.sees("writing layer: 2 MB")
         assert screen.status() == 0
 
 

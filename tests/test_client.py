@@ -93,6 +93,15 @@ def test_create_sends_text_and_directory(server, client):
     assert server.requests == [("create", sent)]
 
 
+@pytest.mark.parametrize("insecure", [True, False])
+def test_models_come_and_go(server, client, insecure):
+    for route, transfer in (("pull", client.pull), ("push", client.push)):
+        *_, last = transfer("me/tale", insecure)
+        assert last == {"status": "success"}
+        sent = {"model": "me/tale", "insecure": insecure, "stream": True}
+        assert server.requests[-1] == (route, sent)
+
+
 def test_nothing_is_sent_before_the_first_record_is_wanted(server, client):
     client.generate("tale", "hi").close()
     assert server.requests == []

@@ -17,7 +17,7 @@ from refollama.dialogue import (
     told,
 )
 from refollama.engine.sequence import Extras
-from refollama.errors import BadRequest, TemplateError
+from refollama.errors import BadRequest, PromptTooLong, TemplateError
 from refollama.messages import Chat, Chunk, Generate, Message, Stats, TokenLogprob
 from refollama.options import Options
 from refollama.text.prompt import shortened, starts
@@ -44,6 +44,9 @@ class Words:
 
     def encode(self, text, **_):
         return text.split()
+
+    def piece(self, id):
+        return id.encode()
 
 
 def reader(room=1000, **more):
@@ -245,6 +248,36 @@ def test_a_thought_that_used_up_all_tokens_is_the_answer():
     whole = gathered(converse(model, Prompt("", [], tags=TAGS), Options(), Extras(grammar=GRAMMAR)))
     assert (whole.thinking, whole.text, whole.done_reason) == ("a b", "", "length")
     assert len(model.asked) == 1
+
+
+def test_texts_that_are_far_too_much_are_not_guarded_first():
+    """All of a conversation together; what stands there twice counts once."""
+    guarded = []
+
+    def check(characters):
+        if characters > 100:
+            raise PromptTooLong("at least 1000", 10)
+
+    class Slow(Words):
+        def guard(self, text):
+            guarded.append(text)
+            return text
+
+    words: Any = Slow()
+    slow = Reader(words, SPLIT, 1000, check=check)
+    same = (user("a" * 60), Message("assistant", "b"), user("a" * 60))
+    assert chat_prompt(Script(template=SHOW), Chat("m", same), slow).tokens
+    assert sorted(text[:1] for text in guarded if text) == ["a", "b"]
+    guarded.clear()
+    other = (user("a" * 60), Message("assistant", "b"), user("c" * 60))
+    with pytest.raises(PromptTooLong, match="the prompt has at least 1000 tokens"):
+        chat_prompt(Script(template=SHOW), Chat("m", other), slow)
+    assert "c" * 60 not in guarded
+    tools = [{"type": "function", "function": {"name": "f", "description": "d" * 101}}]
+    with pytest.raises(PromptTooLong):
+        chat_prompt(
+            Script(template="{{ .Tools }}" + SHOW), Chat("m", (user("a"),), tuple(tools)), slow
+        )
 
 
 def test_a_model_that_does_not_think_has_the_form_at_once():

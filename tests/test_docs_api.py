@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refollama import messages as records
+from refollama.dialogue import gathered
 from refollama.messages import Chunk, Embedded, InMemory, Piece, Progress, Stats, ToolCall
 from refollama.server import wire
 from refollama.server.app import create_app
@@ -18,6 +19,7 @@ from refollama.show import show
 from refollama.store import Store
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+PACKAGE = Path(__file__).parent.parent / "refollama"
 
 
 def tables():
@@ -47,6 +49,8 @@ READERS = {
     "POST /api/embed": wire.read_embed,
     "POST /api/show": wire.read_show,
     "POST /api/create": wire.read_create,
+    "POST /api/pull": wire.read_pull,
+    "POST /api/push": wire.read_push,
     "POST /api/copy": wire.read_copy,
     "DELETE /api/delete": wire.read_delete,
     "POST /api/tokenize": wire.read_tokenize,
@@ -144,6 +148,8 @@ ELSEWHERE = {  # fields of the records that have another name in a body
         ("Detokenize", "POST /api/detokenize"),
         ("Create", "POST /api/create"),
         ("Show", "POST /api/show"),
+        ("Pull", "POST /api/pull"),
+        ("Push", "POST /api/push"),
     ],
 )
 def test_every_field_of_a_record_can_be_asked_for(record, heading):
@@ -172,6 +178,8 @@ def chunks():
         tool_calls=(ToolCall("f"),),
     )
     yield Chunk(done=True, rendered=records.Rendered("text", (1,)))
+    yield Chunk(index=0, progress=full(records.Reached))
+    yield Chunk(done=True, answers=(Chunk(index=0),))
 
 
 def keys(*answers):
@@ -197,7 +205,7 @@ def answers(tiny):
     yield "tokenize", keys(tokens)
     yield "tokenize: a piece", keys(tokens["pieces"][0])
     yield "detokenize", keys(wire.detokenize_record(records.Detokenize("m"), "x"))
-    yield "create: a step", keys(wire.progress_record(full(Progress)))
+    yield "create, pull, push: a step", keys(wire.progress_record(full(Progress)))
     memory = full(InMemory, details={}, expires_at=datetime.now())
     yield "ps: a model", keys(wire.memory_record(memory))
     yield from stored(tiny)
@@ -222,7 +230,7 @@ def test_the_fields_of_every_answer_are_those_that_the_code_writes(tiny):
 
 
 def test_a_message_of_a_chat_is_as_the_page_says():
-    first, _ = chunks()
+    first, *_ = chunks()
     told = set(wire.chat_record(records.Chat("m"), first)["message"])
     (row,) = (line for line in PAGE.read_text().splitlines() if line.startswith("| `message` |"))
     assert told == set(re.findall("`(.*?)`", row.split("|")[-2]))
@@ -235,3 +243,51 @@ def test_the_example_of_tokenize_is_what_comes(oracles):
     shown = re.search(r'\{"model":"storyteller","tokens".*?\n```', PAGE.read_text(), re.DOTALL)
     assert shown is not None
     assert json.loads(shown[0].removesuffix("```")) == found
+
+
+def shown(first):
+    """The list that follows these words in one of the page's examples."""
+    text = PAGE.read_text()
+    assert text.count(first) == 1
+    return json.JSONDecoder().raw_decode(text, text.index(first) + len(first) - 1)[0]
+
+
+def answered(oracles, **fields):
+    """What the storyteller answers, as it is sent when it is not streamed."""
+    service = Service(Store.default(), LoadedModels(), local_files=True)
+    ask = records.Generate(str(oracles / "stories260K.gguf"), stream=False, **fields)
+    found = wire.chunk_record(ask, gathered(service.generate(ask)))
+    service.close()
+    return found
+
+
+def test_the_example_of_several_answers_is_what_comes(oracles):
+    options = {"seed": 5, "num_predict": 6}
+    found = answered(oracles, prompt="Once upon a time there was a", n=2, options=options)
+    assert shown('"answers":[') == found["answers"]
+
+
+def test_the_example_of_named_tokens_is_what_comes(oracles):
+    found = answered(
+        oracles,
+        prompt="One day, Lily went to the park.",
+        options={"num_predict": 1},
+        logprobs=True,
+        logprob_tokens=(" She", " He"),
+    )
+    (place,) = found["logprobs"]
+    for one in place["named"]:
+        one["logprob"] = round(one["logprob"], 3)
+    assert shown('"named":[') == place["named"]
+
+
+def test_the_variables_are_those_that_the_help_names():
+    from refollama.cli import ENVIRONMENT
+
+    counts, idle = PAGE.read_text().split("## The environment")[1].split("no effect:")
+    names = re.findall(r"`((?:REF)?OLLAMA_[A-Z_]+)`", counts)
+    assert sorted(names) == sorted(ENVIRONMENT)
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    without = re.findall(r"`(OLLAMA_[A-Z_]+)`", idle)
+    assert without and not [name for name in without if f'"{name}"' in source]
+    assert all(f'"{name}"' in source for name in names)

@@ -14,14 +14,15 @@ PACKAGE = ROOT / "refollama"
 # Each floor may import the floors below it. Rooms of one floor do not know each other.
 FLOORS = [
     {"errors", "options", "messages", "host", "paths", "version", "keep_alive"},
-    {"weights", "text", "sampling", "kvcache", "store"},
+    {"weights", "text", "sampling", "kvcache", "store", "pictures"},
     {"models", "engine"},
-    {"dialogue", "telling", "fast", "trace"},
-    {"loaded", "create", "show", "vocabularies"},
+    {"dialogue", "telling", "several", "watched", "fast", "trace"},
+    {"loaded", "create", "show", "vocabularies", "fable"},
     {"shelf"},
     {"service"},
     {"server"},
-    {"client", "terminal", "private_server", "promptline", "overview", "upload", "talk", "cli"},
+    {"client", "terminal", "private_server", "promptline", "overview"}
+    | {"upload", "transfer", "reach", "talk", "cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -31,8 +32,11 @@ NEIGHBOURS = {  # of one floor, yet: errors are everybody's, the command line ha
     "host": {"errors"},
     "keep_alive": {"errors"},
     "paths": {"errors"},
-    "cli": {"client", "terminal", "private_server", "promptline", "overview", "upload", "talk"},
+    "cli": {"client", "terminal", "promptline", "overview", "transfer", "reach", "talk"}
+    | {"private_server"},
+    "reach": {"client", "terminal", "private_server"},
     "upload": {"client", "terminal"},
+    "transfer": {"client", "terminal", "upload"},
     "talk": {"client", "terminal", "promptline", "overview"},
     "overview": {"terminal"},
     "client": {"terminal"},
@@ -108,8 +112,9 @@ def test_only_load_knows_both_weights_and_modules():
     [
         ("flask", {"server"}),
         ("waitress", {"server"}),
-        ("httpx", {"client"}),
-        ("sentencepiece", {"text"}),
+        ("httpx", {"client", "store"}),
+        ("cryptography", {"store"}),
+        ("sentencepiece", {"text", "fable"}),
         ("tokenizers", {"text"}),
         ("llguidance", {"sampling"}),
         ("jinja2", {"text"}),
@@ -135,6 +140,7 @@ def test_libraries_have_one_home(library, homes):
         "refollama.dialogue",
         "refollama.messages",
         "refollama.options",
+        "refollama.pictures",
         "refollama.store",
         "refollama.text",
         "refollama.text.prompt",

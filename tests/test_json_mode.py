@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refollama
+from refollama.engine.generate import generate
 from refollama.engine.sequence import Extras
 from refollama.errors import BadRequest
 from refollama.loaded import load_file
@@ -198,6 +199,16 @@ def test_a_format_that_cannot_be_met_is_refused(llm, format):
         llm.generate("the", format=format)
     with pytest.raises(BadRequest, match="format|JSON schema"):
         next(llm.stream("the", format=format))
+
+
+def test_the_textbook_loop_draws_the_same_form(llm):
+    options = Options().updated(HOT | {"seed": 3})
+    grammar = llm.grammar(PERSON)
+    prompt = llm.tokens("the")
+    drawn = list(generate(llm.net, prompt, options, llm._marks(), grammar))
+    text = llm.tokenizer.decode([*prompt, *drawn]).removeprefix(llm.tokenizer.decode(prompt))
+    assert text == llm.generate("the", HOT | {"seed": 3}, format=PERSON).text
+    fits("person", text)
 
 
 def test_the_vocabulary_is_laid_out_once(llm):

@@ -14,17 +14,20 @@ import torch
 
 import refollama
 from refollama.engine.generate import generate
+from refollama.engine.sequence import Marks
 from refollama.errors import (
     BadOption,
     BadRequest,
     FormatError,
     ModelNotFound,
     NotFound,
+    PromptTooLong,
     ServerBusy,
     Stopping,
 )
 from refollama.loaded import load_file
 from refollama.options import Options
+from refollama.weights.gguf import open_gguf
 from tests.tiny import TOKENS, write_model
 
 GREEDY = {"temperature": 0, "repeat_penalty": 1, "num_predict": 20}
@@ -91,7 +94,7 @@ def test_the_answer_is_what_the_textbook_loop_draws(llm):
     """Tokens by the loop, text by decoding all at once: none of the streaming takes part."""
     prompt = llm.tokens("the")
     options = Options().updated(GREEDY)
-    drawn = list(generate(llm.net, prompt, options, eos=llm.tokenizer.eos_ids))
+    drawn = list(generate(llm.net, prompt, options, Marks(llm.tokenizer.eos_ids)))
     before, whole = llm.tokenizer.decode(prompt), llm.tokenizer.decode([*prompt, *drawn])
     assert llm.generate("the", options=GREEDY).text == whole[len(before) :]
 
@@ -108,6 +111,7 @@ def scripted(prompt, ids):
 
 class Said(list[int]):
     sequence: types.SimpleNamespace
+    items = list.__iter__
 
 
 def test_context_holds_what_was_shown_and_no_more(llm, monkeypatch):
@@ -342,3 +346,50 @@ def test_a_program_that_ends_in_the_middle_of_an_answer_ends_well(tiny):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_flood_is_refused_before_any_work_with_the_sentence_that_is_said_after(llm):
+    """By characters alone, and as `tokens` would refuse it."""
+    options = llm.defaults.updated({"num_ctx": 8})
+    characters = 8 * 100 * llm.tokenizer.longest
+    llm.reader(options).check(characters)
+    llm.tokens("q" * characters, options=options)
+    more = characters + llm.tokenizer.longest
+    said = []
+    for refuse in (
+        lambda: llm.reader(options).check(more),
+        lambda: llm.tokens("q" * more, options=options),
+        lambda: llm.chat([{"role": "user", "content": "q" * more}], {"num_ctx": 8}),
+    ):
+        with pytest.raises(PromptTooLong) as refused:
+            refuse()
+        said.append(str(refused.value))
+    assert set(said) == {
+        "the prompt has at least 801 tokens, but the context holds 800: "
+        "shorten the prompt or raise num_ctx"
+    }
+
+
+@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"use_mmap": False}, 2)])
+def test_loading_tells_how_far_it_has_come(tiny, options, passes):
+    """Bytes of all weights: as they are mapped, and once more if they are read in."""
+    size = passes * sum(info.nbytes for info in open_gguf(tiny).tensors.values())
+    told: list[tuple[int, int]] = []
+    refollama.load(tiny, options, told=lambda *at: told.append(at)).close()
+    done = [at for at, _ in told]
+    assert done == sorted(done) and done[0] == 0 and len(told) > 20 * passes
+    assert {total for _, total in told} == {size}
+    assert done[-1] == size and done.count(size) == 1
+
+
+def test_likely_tokens_are_named_by_text_or_id(llm):
+    """Judge: the plain path."""
+    exact = GREEDY | {"f16_kv": False, "num_predict": 1}
+    (one,) = llm.generate("the", exact, logprobs=["he", 5]).record.logprobs
+    likely = llm.logits(llm.tokens("the"), -1)[0].log_softmax(0)
+    he = TOKENS.index("he")
+    assert [each.id for each in one.named] == [he, 5] and one.top == ()
+    assert [each.logprob for each in one.named] == pytest.approx(likely[[he, 5]].tolist(), abs=1e-4)
+    for wrong in ("hehe", "", "é", len(TOKENS), -1):
+        with pytest.raises(BadRequest, match="is not one token|not in the vocabulary"):
+            llm.generate("the", exact, logprobs=[wrong])

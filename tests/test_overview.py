@@ -21,13 +21,14 @@ def test_rows():
         "fe938a131f40",
         "5 GB",
         "30%/70% CPU/GPU",
+        "2048",
         "Forever",
     )
 
 
 def test_a_server_may_say_less():
     assert overview.list_row({}) == ("", "", "0 B", "Never")
-    assert overview.ps_row({}) == ("", "", "0 B", "100% CPU", "")
+    assert overview.ps_row({}) == ("", "", "0 B", "100% CPU", "", "")
     assert overview.overview({}) == ""
 
 

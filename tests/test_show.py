@@ -11,9 +11,9 @@ from refollama.create import create
 from refollama.errors import BadOption, FormatError, ModelNotFound, TemplateError
 from refollama.messages import Create, Show
 from refollama.options import KNOWN
-from refollama.show import show
+from refollama.show import listed, show
 from refollama.store import Name, Store
-from refollama.weights.gguf import Typed, ValueType, write_gguf
+from refollama.weights.gguf import Typed, ValueType, open_gguf, write_gguf
 from tests.store.helpers import gguf
 from tests.test_create import FULL
 from tests.tiny import write_model
@@ -261,3 +261,91 @@ def test_every_option_can_be_shown_and_read_back(store, base):
     before = store.resolve(Name.parse("x"))
     make(store, show(store, Show("x")).modelfile, "again")
     assert store.resolve(Name.parse("again")).parameters == before.parameters
+
+
+# -------------------------------------------------------------------- the list of models
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that are looked into, in order."""
+    paths = []
+
+    def watched(path):
+        paths.append(path)
+        return open_gguf(path)
+
+    monkeypatch.setattr("refollama.show.open_gguf", watched)
+    return paths
+
+
+@pytest.fixture
+def family(store, tiny):
+    """A model with real weights, and a child that can do more."""
+    make(store, f"FROM @{store.blobs.add(tiny.read_bytes())}", "parent")
+    make(store, "FROM parent\nTEMPLATE {{ .Prompt }}{{ .Suffix }}{{ .Tools }}", "child")
+    return store
+
+
+def named(entries):
+    return {entry.name.model: entry for entry in entries}
+
+
+def test_the_list_tells_what_show_tells(family):
+    entries = named(listed(family, family.list()))
+    for name, entry in entries.items():
+        told = show(family, Show(name))
+        assert entry.details == {
+            "parent_model": told.files.parent,
+            **told.files.config.details(),
+            "context_length": told.info["llama.context_length"],
+            "embedding_length": told.info["llama.embedding_length"],
+        }
+        assert entry.capabilities == told.capabilities
+    assert entries["child"].capabilities == ("completion", "tools", "insert")
+    assert entries["child"].details["parent_model"] == "parent:latest"
+
+
+def test_a_file_is_looked_into_once_until_its_model_changes(family, opened):
+    for _ in range(3):
+        listed(family, family.list())
+    assert len(opened) == 2
+    make(family, "FROM parent\nTEMPLATE {{ .Prompt }}", "child")
+    entries = named(listed(family, family.list()))
+    assert len(opened) == 3 and entries["child"].capabilities == ("completion",)
+
+
+def test_what_cannot_be_read_is_listed_until_it_can(family, opened, caplog):
+    """A weights file that is broken, and one that is gone: only what the manifest says is told."""
+    weights = family.resolve(Name.parse("child")).weights
+    whole = weights.read_bytes()
+    weights.write_bytes(b"GGUF")
+    plain = family.list()
+    assert listed(family, plain) == plain and "cannot be read" in caplog.text
+    weights.unlink()
+    assert listed(family, plain) == plain
+    weights.write_bytes(whole)
+    assert all(entry.capabilities for entry in listed(family, plain))
+
+
+def test_a_name_that_was_given_anew_meanwhile_gets_no_facts_of_another(family):
+    before = family.list()
+    make(family, "FROM parent\nTEMPLATE {{ .Prompt }}", "child")
+    assert named(listed(family, before))["child"].capabilities == ()
+    assert named(listed(family, family.list()))["child"].capabilities == ("completion",)
+
+
+def test_a_long_list_comes_in_time_and_is_complete_later(family, opened, monkeypatch):
+    monkeypatch.setattr("refollama.show.LIST_WITHIN", 0.0)
+    assert listed(family, family.list()) == family.list() and opened == []
+    monkeypatch.undo()
+    assert all(entry.capabilities for entry in listed(family, family.list()))
+
+
+def test_lengths_that_are_none_are_left_out(store, tmp_path):
+    claims = {"llama.context_length": "long", "llama.embedding_length": -1}
+    path = write_model(tmp_path / "odd.gguf", claims=claims)
+    make(store, f"FROM @{store.blobs.add(path.read_bytes())}", "odd")
+    (entry,) = listed(store, store.list())
+    assert not {"context_length", "embedding_length"} & entry.details.keys()
+    assert entry.capabilities == ("completion",)

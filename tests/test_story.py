@@ -1,5 +1,7 @@
 """Real weights: the published story, byte for byte, through the library and over HTTP.
 
+And the way of a model through the whole house: from a registry, into a chat, to a registry.
+
 The published text is 201 tokens with BOS: 200 that are drawn. The next one would be " said".
 """
 
@@ -71,3 +73,44 @@ def test_over_http_from_a_prefix(oracles, story, prefix):
     assert prefix + whole["response"] == story
     assert "".join(json.loads(line)["response"] for line in lines) == whole["response"]
     service.close()
+
+
+def test_from_a_registry_into_a_chat_and_back_to_a_registry(oracles, story, tmp_path):
+    """Two servers that know each other by the registry alone; the second one answers."""
+    import httpx
+
+    from refollama.messages import Create, Push
+    from refollama.server.app import create_app
+    from refollama.service import Service
+    from refollama.shelf import LoadedModels
+    from refollama.store import Name, Store
+    from tests.registry.fake import FakeRegistry
+
+    with FakeRegistry() as registry:
+        name = f"{registry.host}/me/storyteller"
+        first = Service(Store(tmp_path / "first"), LoadedModels(), local_files=True)
+        weights = oracles / "stories260K.gguf"
+        template = 'TEMPLATE "{{ .Prompt }}"'
+        list(first.create(Create(name, f"FROM {weights}\n{template}\nPARAMETER temperature 0\n")))
+        list(first.push(Push(name, insecure=True)))
+        first.close()
+
+        second = Service(Store(tmp_path / "second"), LoadedModels(), local_files=False)
+        transport = httpx.WSGITransport(create_app(second))
+        with httpx.Client(transport=transport, base_url="http://localhost") as client:
+            asked = {"model": name, "insecure": True, "stream": False}
+            assert client.post("/api/pull", json=asked).json() == {"status": "success"}
+            said = [{"role": "user", "content": "Once upon a time"}]
+            options = {"repeat_penalty": 1, "num_predict": 40}
+            body = {"model": name, "messages": said, "options": options, "stream": False}
+            answer = client.post("/api/chat", json=body).json()["message"]["content"]
+            assert story.startswith("Once upon a time" + answer) and len(answer) > 100
+
+            copied = {"source": name, "destination": f"{registry.host}/you/storyteller"}
+            client.post("/api/copy", json=copied)
+            asked["model"] = copied["destination"]
+            assert client.post("/api/push", json=asked).json() == {"status": "success"}
+        second.close()
+        assert second.store.manifests.read(Name.parse(name)).manifest.layers
+        there = {place: json.loads(data) for (place, _), data in registry.manifests.items()}
+        assert there["me/storyteller"]["layers"] == there["you/storyteller"]["layers"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,17 +156,59 @@ STEPS: list[dict[str, Any]] = [
 ]
 
 
-def test_a_log_has_each_status_once(capsys):
+def test_a_log_has_each_status_once_and_of_a_layer_begin_and_end(capsys):
     terminal.show_progress(STEPS)
-    assert capsys.readouterr().err == "parsing\nwriting [bold]\nsuccess\n"
+    told = "parsing\nwriting [bold]\nwriting [bold]: 10 B\nsuccess\n"
+    assert capsys.readouterr().err == told
 
 
-def test_a_terminal_has_bars(capsys, monkeypatch):
+def test_a_terminal_has_bars_and_keeps_lines(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     terminal.show_progress(STEPS)
     shown = capsys.readouterr().err
-    for text in ("parsing", "writing [bold]", "10/10 bytes", "success"):
+    for text in ("parsing\n", "writing [bold]: 10 B\n", "success\n"):
         assert text in shown
+
+
+def moves(name: str, *completed: int, total: int = 100, **more: Any) -> list[dict[str, Any]]:
+    layer = {"status": f"pulling {name}", "digest": name, "total": total, **more}
+    return [{**layer, "completed": done} for done in completed]
+
+
+@pytest.mark.parametrize(
+    ("records", "lines"),
+    [
+        (moves("a", 0, 50, 100), ["pulling a", "pulling a: 100 B"]),
+        (moves("a", 100), ["pulling a: 100 B"]),
+        (moves("a", 0, 100, 100, 100), ["pulling a", "pulling a: 100 B"]),
+        (moves("a", 0, 60, 20, 100), ["pulling a", "pulling a: 100 B"]),
+        (moves("a", 0, 900), ["pulling a", "pulling a: 100 B"]),
+        (
+            moves("a", 40, 100, resumed=40),
+            ["pulling a: resumed at 40 B of 100 B", "pulling a: 100 B"],
+        ),
+        (
+            [*moves("a", 0), *moves("b", 0), *moves("a", 100), *moves("b", 100)],
+            ["pulling a", "pulling b", "pulling a: 100 B", "pulling b: 100 B"],
+        ),
+        (moves("a", 0, 50), ["pulling a"]),
+        ([{"status": "pulling a", "total": 9}], ["pulling a"]),
+        ([{"status": "x"}, {"status": "x"}, {"status": "y"}, {"status": "x"}], ["x", "y", "x"]),
+    ],
+)
+def test_lines_of_layers(capsys, records, lines):
+    """None for a move, however many there are, and in whatever order they come."""
+    terminal.show_progress(records)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_what_a_server_says_moves_no_cursor(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    terminal.show_progress([{"status": "\x1b[7mgot\x07cha"}, *moves("\x1b[7mb", 0, 100)])
+    shown = capsys.readouterr().err
+    assert "[7mgotcha\n" in shown
+    assert "\x1b[7m" not in shown and "\x07" not in shown
 
 
 def test_a_bar_for_one_piece_of_work(capsys, monkeypatch):
@@ -179,9 +223,44 @@ def test_a_bar_for_one_piece_of_work(capsys, monkeypatch):
     assert re.search(r"sending \[x\] .*2\.0/2\.0 MB", work())
 
 
-def test_until_first_changes_nothing():
+def reached(stage, completed, total=2000):
+    return {"response": "", "progress": {"stage": stage, "completed": completed, "total": total}}
+
+
+def test_until_first_leaves_out_only_what_comes_before(capsys):
     assert list(terminal.until_first(STEPS, "wait")) == STEPS
     assert list(terminal.until_first([], "wait")) == []
+    told = [reached("load", 0), reached("load", 2000), reached("prompt", 7)]
+    assert list(terminal.until_first([*told, *STEPS], "wait")) == STEPS
+    assert list(terminal.until_first(told, "wait")) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("told", "bars"),
+    [
+        ([reached("load", 0), reached("load", 900)], {"loading": "0.9/2.0 kB"}),
+        ([reached("prompt", 0), reached("prompt", 512)], {"reading the prompt": "512/2000 tokens"}),
+        ([reached("prompt", 0), reached("prompt", 2000)], {}),  # at its end there is no need
+        ([reached("load", 0, 0)], {}),
+        (
+            [reached("load", 1), reached("load", 2), reached("prompt", 3), reached("prompt", 4)],
+            {"loading": "0.0/2.0 kB", "reading the prompt": "4/2000 tokens"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_bar_for_a_stage_that_takes_long(capsys, monkeypatch, told, bars, slow):
+    """The clock of this test strikes once a second, or it stands still."""
+    clock = itertools.count() if slow else itertools.repeat(0)
+    monkeypatch.setattr("refollama.terminal.time", SimpleNamespace(monotonic=clock.__next__))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(terminal.until_first([*told, *STEPS], "wait")) == STEPS
+    shown = capsys.readouterr().err
+    for name in ("loading", "reading the prompt"):
+        assert (name in shown) == (slow and name in bars), shown
+    for amount in bars.values() if slow else ():
+        assert amount in shown
 
 
 # --- answers ---------------------------------------------------------------------------------

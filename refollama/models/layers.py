@@ -97,6 +97,48 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+class LayerNorm(nn.Module):
+    """(x − mean(x)) / √(var(x) + ε) · w + b.
+
+    Shapes: (…, d_model) → the same. Source: Ba et al. 2016, arXiv 1607.06450, equation 4.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Convolution(nn.Module):
+    """A window that slides over a picture, with packed rows as `Linear` has them.
+
+    Shapes: (B, in, h, w) → (B, out, h', w'). `weight` is (out, in, k, bytes of k values) uint8, or
+    (out, k, …): each channel by itself.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, unpack: Unpack, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.unpack = unpack
+
+    def forward(self, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+        windows, groups = self.unpack(self.weight), 1
+        if windows.ndim == 3:
+            windows, groups = windows[:, None], len(windows)
+        return functional.conv2d(x, windows, self.bias, stride, padding, groups=groups)
+
+
 class Rope(nn.Module):
     """Positions → the cosine and sine of each pair's angle: position · ω, times the gain.
 

@@ -35,7 +35,7 @@ def create_app(service: Service, *, loopback: bool = True) -> Flask:
     """An app that answers for this service.
 
     `loopback`: is it reached from this machine alone? Then requests must name this machine.
-    Raises: BadRequest if OLLAMA_ORIGINS or REFOLLAMA_MAX_BODY make no sense.
+    Raises: BadRequest if OLLAMA_ORIGINS, OLLAMA_API_KEY or REFOLLAMA_MAX_BODY make no sense.
     """
     app = Flask("refollama", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = largest_body()
@@ -59,7 +59,7 @@ def answer_error(error: Exception) -> Response:
 
 
 def _http_error(error: HTTPException) -> Response:
-    """404, 405, 413 and their kin, with the headers that belong to them (Allow)."""
+    """401, 404, 405, 413 and their kin, with the headers that belong to them."""
     sentences = {
         404: f"{request.path} does not exist",
         405: f"{request.path} does not take {request.method}",
@@ -68,7 +68,7 @@ def _http_error(error: HTTPException) -> Response:
     status = error.code or 500
     response = _json({"error": sentences.get(status, error.description or error.name)}, status)
     for name, value in error.get_headers(request.environ):
-        if name == "Allow":
+        if name in ("Allow", "WWW-Authenticate"):
             response.headers[name] = value
     return response
 

@@ -2,19 +2,25 @@
 
 Two lies are possible. A page of another site sends requests here: its `Origin` gives it away. A
 page makes its own name point to this machine (DNS rebinding): its `Host` gives it away.
+
+Where OLLAMA_API_KEY is set, on a machine that others share, a request must carry it, too.
 """
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import os
 import re
 import socket
+from functools import partial
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, abort, g, request
+from werkzeug.datastructures import WWWAuthenticate
 
 from refollama.errors import BadRequest
+from refollama.host import api_key
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0", "[::1]")
 LOCAL_ENDINGS = (".localhost", ".local", ".internal")
@@ -28,13 +34,15 @@ HEADERS = (
     "x-stainless-poll-helper,x-stainless-retry-count,x-stainless-runtime,"
     "x-stainless-runtime-version,x-stainless-timeout"
 )
+FOR_ANYBODY = "/"  # says no more than that a server runs
+NO_KEY = "this server wants a key: send the one in its OLLAMA_API_KEY as a bearer token"
 PREFLIGHT_HOLDS = "43200"  # seconds that a browser may remember the answer
 
 
 def install(app: Flask, *, loopback: bool) -> None:
     """Check every request of the app. On a loopback address the Host must be a local one, too.
 
-    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin.
+    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin, or OLLAMA_API_KEY is no key.
     """
     rules = Rules(loopback=loopback)
     everybody = "*" in _entries(_listed())
@@ -49,6 +57,8 @@ def install(app: Flask, *, loopback: bool) -> None:
         g.allowed_origin = "*" if everybody else origin
         return Response(status=204) if request.method == "OPTIONS" else None
 
+    app.before_request(partial(_check_key, rules))  # behind preflights: browsers send none there
+
     @app.after_request
     def allow(response: Response) -> Response:
         if "allowed_origin" in g:
@@ -61,15 +71,32 @@ def install(app: Flask, *, loopback: bool) -> None:
         return response
 
 
+def _check_key(rules: Rules) -> None:
+    if request.path != FOR_ANYBODY and not rules.knows(request.headers.get("Authorization")):
+        abort(401, NO_KEY, www_authenticate=WWWAuthenticate("bearer"))
+
+
 class Rules:
     """Whom the server hears, told from the headers of a request alone.
 
-    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin.
+    Raises: BadRequest if OLLAMA_ORIGINS lists what can be no origin, or OLLAMA_API_KEY is no key.
     """
 
     def __init__(self, *, loopback: bool) -> None:
         self._loopback = loopback
         self._allowed = origins(_listed())
+        self._key = api_key(os.environ)
+
+    @property
+    def wants_key(self) -> bool:
+        """Must a request carry the key?"""
+        return bool(self._key)
+
+    def knows(self, authorization: str | None) -> bool:
+        """Does this header carry the key, or is there none?  In a time that tells nothing of it."""
+        scheme, _, given = (authorization or "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self._key.encode())
+        return not self._key or (right and scheme.lower() == "bearer")
 
     def refusal(self, host: str, origin: str | None) -> str | None:
         """Why a request with these headers is not heard; None: it is."""

@@ -82,7 +82,10 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         except BadRequest:
             return False
         host, origin = self.headers.get("HOST", ""), self.headers.get("ORIGIN")
-        return self._uploads.rules.refusal(host, origin) is None
+        rules = self._uploads.rules
+        return rules.refusal(host, origin) is None and rules.knows(
+            self.headers.get("AUTHORIZATION")
+        )
 
 
 class NoRoom(Error):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from flask import Blueprint, Response, current_app, request
 
 from refollama.dialogue import gathered
 from refollama.engine.sequence import never
-from refollama.errors import NotFound, RefollamaError
+from refollama.errors import Abandoned, NotFound, RefollamaError
 from refollama.messages import Chunk, Progress
 from refollama.server import wire
 from refollama.service import Service
@@ -95,10 +95,24 @@ def detokenize() -> Response:
 def create() -> Response:
     """Make a model out of a Modelfile."""
     ask = wire.read_create(request.get_data())
-    steps = service().create(ask)
+    steps = service().create(ask, client_is_gone())
     if not ask.stream:
         return one(wire.progress_record(last(steps)))
     return many(next(steps), steps, wire.progress_record)
+
+
+@routes.post("/api/pull")
+def pull() -> Response:
+    """Fetch a model from its registry."""
+    ask = wire.read_pull(request.get_data())
+    return transfer(service().pull(ask, client_is_gone()), stream=ask.stream)
+
+
+@routes.post("/api/push")
+def push() -> Response:
+    """Send a model to its registry."""
+    ask = wire.read_push(request.get_data())
+    return transfer(service().push(ask, client_is_gone()), stream=ask.stream)
 
 
 @routes.post("/api/show")
@@ -179,6 +193,24 @@ def answer(
     if first.done_reason in ("load", "unload") or first.rendered is not None:
         return one(record(first))
     return many(first, chunks, record)
+
+
+def transfer(steps: Items[Progress], *, stream: bool) -> Response:
+    """A pull or a push; what is wrong before its first step has a status of its own."""
+    first = next(steps)
+    return many(first, steps, wire.progress_record) if stream else outcome(first, steps)
+
+
+def outcome(first: Progress, rest: Items[Progress]) -> Response:
+    """How it ended, as one record without a charset; whatever goes wrong is a 500: as Ollama."""
+    status = 200
+    try:
+        record = wire.progress_record(last(chain([first], rest)))
+    except Abandoned:
+        raise
+    except RefollamaError as error:
+        record, status = wire.error_record(error), 500
+    return Response(wire.dumps(record), status, content_type="application/json")
 
 
 def many(first: T, rest: Items[T], record: Callable[[T], wire.Record]) -> Response:

@@ -55,13 +55,19 @@ def serve(host: str, port: int) -> None:
         )
     except OSError as error:
         raise RefollamaError(_why_not(host, port, error)) from None
-    uploads = Uploads(Rules(loopback=loopback), (Path(tempfile.gettempdir()), service.store.root))
+    rules = Rules(loopback=loopback)
+    uploads = Uploads(rules, (Path(tempfile.gettempdir()), service.store.root))
     for each in _servers(server):
         each.channel_class = partial(Channel, uploads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, partial(_stop, service))
-    if not loopback:
-        log.warning("everybody who can reach %s may use this server: there is no login", host)
+    if rules.wants_key:
+        log.info("OLLAMA_API_KEY is set: requests must carry it")
+    elif not loopback:
+        log.warning(
+            "everybody who can reach %s may use this server: OLLAMA_API_KEY would ask for a key",
+            host,
+        )
     for address in _addresses(server):
         log.info("refollama %s listens on %s", __version__, address)
     log.info("models are in %s", service.store.root)

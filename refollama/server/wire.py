@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
@@ -28,6 +29,8 @@ from refollama.messages import (
     Message,
     Piece,
     Progress,
+    Pull,
+    Push,
     Show,
     Stats,
     Tokenize,
@@ -43,9 +46,6 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]  # one JSON object
 
 # Fields that ask for something that is not built yet: better a clear no than a wrong answer.
-NOT_YET = {
-    "images": "this version cannot look at images",
-}
 NOT_YET_IN_CREATE = {
     "quantize": "this version cannot quantise",
     "quantization": "this version cannot quantise",
@@ -53,6 +53,7 @@ NOT_YET_IN_CREATE = {
 # What a message may hold in a conversation, but has no place in the layer of a model's messages.
 NOT_STORED = ("images", "tool_calls", "tool_call_id", "tool_name", "thinking")
 WITHOUT_EFFECT_IN_CREATE = ("renderer", "parser", "requires", "info", "remote_host")
+WITHOUT_EFFECT_IN_PULL = ("username", "password")  # logins are kept where the server runs
 
 
 class Body:
@@ -99,6 +100,13 @@ class Body:
             raise BadRequest(f"{name} must be a list of integers")
         return tuple(values)
 
+    def tokens(self, name: str) -> tuple[str | int, ...]:
+        """A list of tokens, by text or id; an empty one if it is not given."""
+        values = self._take(name, list, "a list of strings and integers") or []
+        if any(type(value) not in (str, int) for value in values):
+            raise BadRequest(f"{name} must be a list of strings and integers")
+        return tuple(values)
+
     def texts(self, name: str) -> tuple[str, ...]:
         """A text, or a list of texts; an empty text is no text, unless it stands in a list."""
         value = self._fields.get(name)
@@ -142,10 +150,7 @@ class Body:
     def images(self) -> tuple[bytes, ...]:
         """Files in base64."""
         values = self._take("images", list, "a list of strings in base64") or []
-        try:
-            return tuple(base64.b64decode(value, validate=True) for value in values)
-        except (TypeError, ValueError):
-            raise BadRequest(f"{self._place}images must be a list of strings in base64") from None
+        return tuple(_file(value, f"{self._place}images[{at}]") for at, value in enumerate(values))
 
     def think(self) -> bool | str | None:
         """Yes, no, or how much."""
@@ -186,6 +191,16 @@ class Body:
         return value
 
 
+def _file(value: object, place: str) -> bytes:
+    """Base64 → bytes."""
+    if not isinstance(value, str):
+        raise BadRequest(f"{place} must be a string in base64")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError:
+        raise BadRequest(f"{place} is not base64") from None
+
+
 def _first_object(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise BadRequest("missing request body")
@@ -211,7 +226,7 @@ def _first_object(raw: bytes) -> dict[str, Any]:
 def read_generate(raw: bytes) -> Generate:
     """The body of POST /api/generate."""
     body = Body(raw)
-    ask = Generate(
+    return Generate(
         model=body.text("model", "name"),
         prompt=body.text("prompt"),
         system=body.text("system"),
@@ -222,6 +237,7 @@ def read_generate(raw: bytes) -> Generate:
         keep_alive=body.keep_alive(),
         raw=body.flag("raw", False),
         suffix=body.text("suffix"),
+        images=body.images(),
         think=body.think(),
         format=body.value("format"),
         debug_render_only=body.flag("_debug_render_only", False),
@@ -229,10 +245,11 @@ def read_generate(raw: bytes) -> Generate:
         shift=body.flag("shift", True),
         logprobs=body.flag("logprobs", False),
         top_logprobs=body.integer("top_logprobs", 0),
+        logprob_tokens=body.tokens("logprob_tokens"),
+        n=body.integer("n", 1),
+        progress=body.flag("progress", False),
         stream=body.flag("stream", True),
     )
-    body.refuse(NOT_YET)
-    return ask
 
 
 def read_chat(raw: bytes) -> Chat:
@@ -251,6 +268,9 @@ def read_chat(raw: bytes) -> Chat:
         shift=body.flag("shift", True),
         logprobs=body.flag("logprobs", False),
         top_logprobs=body.integer("top_logprobs", 0),
+        logprob_tokens=body.tokens("logprob_tokens"),
+        n=body.integer("n", 1),
+        progress=body.flag("progress", False),
         debug_render_only=body.flag("_debug_render_only", False),
         stream=body.flag("stream", True),
     )
@@ -354,6 +374,22 @@ def read_create(raw: bytes) -> Create:
     )
 
 
+def read_pull(raw: bytes) -> Pull:
+    """The body of POST /api/pull."""
+    return Pull(*_registry_fields(Body(raw)))
+
+
+def read_push(raw: bytes) -> Push:
+    """The body of POST /api/push."""
+    return Push(*_registry_fields(Body(raw)))
+
+
+def _registry_fields(body: Body) -> tuple[str, bool, bool]:
+    for name in WITHOUT_EFFECT_IN_PULL:
+        body.warn(name)
+    return body.text("model", "name"), body.flag("insecure", False), body.flag("stream", True)
+
+
 def read_show(raw: bytes) -> Show:
     """The body of POST /api/show."""
     body = Body(raw)
@@ -382,34 +418,65 @@ def read_delete(raw: bytes) -> str:
 
 def chunk_record(ask: Generate, chunk: Chunk) -> Record:
     """One line of an answer; numbers that are zero are left out, as Ollama does."""
-    said: Record = {"response": chunk.text} | _aside_record(chunk)
     end = {"context": list(chunk.context)} if chunk.context else {}
-    return _answer_record(ask, chunk, said, end)
+    return _answer_record(ask, chunk, _response, end)
 
 
 def chat_record(ask: Chat, chunk: Chunk) -> Record:
     """One line of an answer in a conversation: each carries a message, the last one too."""
-    said: Record = {"role": "assistant", "content": chunk.text} | _aside_record(chunk)
-    return _answer_record(ask, chunk, {"message": said}, {})
+    return _answer_record(ask, chunk, _reply, {})
 
 
-def _answer_record(ask: Generate | Chat, chunk: Chunk, said: Record, end: Record) -> Record:
+Said = Callable[[Chunk], Record]  # the text of an answer, as its route tells it
+
+
+def _response(chunk: Chunk) -> Record:
+    return {"response": chunk.text} | _aside_record(chunk)
+
+
+def _reply(chunk: Chunk) -> Record:
+    return {"message": {"role": "assistant", "content": chunk.text} | _aside_record(chunk)}
+
+
+def _answer_record(ask: Generate | Chat, chunk: Chunk, said: Said, end: Record) -> Record:
     record: Record = {
         "model": ask.model,
         "created_at": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z"),
-        **said,
+        **said(chunk),
         "done": chunk.done,
+        **_several_record(chunk, said),
     }
     if chunk.logprobs:
         record["logprobs"] = [_logprob_record(one) for one in chunk.logprobs]
+    if chunk.progress is not None:
+        record["progress"] = asdict(chunk.progress)
     if chunk.rendered is not None:
-        shown = {"rendered_template": chunk.rendered.text, "image_count": 0}
+        shown = {
+            "rendered_template": chunk.rendered.text,
+            "image_count": chunk.rendered.images,
+        }
         return record | {"_debug_info": shown | {"prompt_ids": list(chunk.rendered.ids)}}
     if chunk.done:
         record |= {"done_reason": chunk.done_reason}
         record |= end
         record |= _stats_record(chunk.stats or Stats())
     return record
+
+
+def _several_record(chunk: Chunk, said: Said) -> Record:
+    """What is told of several answers: which one it is, how it ended, or all of them at once."""
+    if chunk.answers:
+        return {"answers": [_one_of_several(one, said) for one in chunk.answers]}
+    if chunk.index is None:
+        return {}
+    counts = chunk.stats or Stats()
+    end = {"done_reason": chunk.done_reason, "eval_count": counts.eval_count}
+    return {"index": chunk.index} | (end if chunk.done_reason else {})
+
+
+def _one_of_several(chunk: Chunk, said: Said) -> Record:
+    noted = [_logprob_record(one) for one in chunk.logprobs]
+    return _several_record(chunk, said) | said(chunk) | ({"logprobs": noted} if noted else {})
 
 
 def _aside_record(chunk: Chunk) -> Record:
@@ -427,7 +494,10 @@ def _tool_call_record(call: ToolCall) -> Record:
 
 def _logprob_record(one: TokenLogprob) -> Record:
     record = {"token": one.token, "logprob": one.logprob, "bytes": list(one.bytes), "id": one.id}
-    return record | ({"top_logprobs": [_logprob_record(t) for t in one.top]} if one.top else {})
+    others = {"top_logprobs": one.top, "named": one.named}
+    return record | {
+        name: [_logprob_record(each) for each in some] for name, some in others.items() if some
+    }
 
 
 def _stats_record(stats: Stats) -> Record:
@@ -483,8 +553,8 @@ def detokenize_record(ask: Detokenize, text: str) -> Record:
 def progress_record(progress: Progress) -> Record:
     record: Record = {"status": progress.status}
     record |= {"digest": progress.digest} if progress.digest else {}
-    record |= {"total": progress.total} if progress.total else {}
-    return record | ({"completed": progress.completed} if progress.completed else {})
+    numbers = {name: getattr(progress, name) for name in ("total", "completed", "resumed")}
+    return record | {name: number for name, number in numbers.items() if number}
 
 
 def model_record(entry: ModelEntry) -> Record:
@@ -496,6 +566,7 @@ def model_record(entry: ModelEntry) -> Record:
         "size": entry.size,
         "digest": entry.digest,
         "details": entry.details,
+        "capabilities": list(entry.capabilities),
     }
 
 

@@ -117,10 +117,17 @@ class StreamDecoder:
     first word of an answer is kept, unless the prompt printed nothing (BOS alone).
     If the prompt ends in half a character, that half counts as the answer's: the answer
     completes it, or begins with U+FFFD.
+    spelled: control tokens that are written out; all others print nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        after: Iterable[int] = (),
+        spelled: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._spelled = spelled
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False  # has any token printed something?
         for id in after:
@@ -128,6 +135,8 @@ class StreamDecoder:
 
     def push(self, id: int) -> str:
         """The characters that this token completes; often one word, sometimes nothing."""
+        if id in self._spelled:
+            return self._utf8.decode(self._tokenizer.spelling(id))
         piece = self._tokenizer.piece(id)
         if piece and not self._begun:
             self._begun = True

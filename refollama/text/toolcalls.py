@@ -50,6 +50,11 @@ def tool_tag(template: Template | JinjaTemplate) -> str:
     return _tag(found[2]) or _tag(found[1] or "")
 
 
+def closing_tag(tag: str) -> str:
+    """What a model may write behind its calls.  Example: <tool_call> → </tool_call>"""
+    return re.sub(r"^(<\|?|\[)", r"\1/", tag)
+
+
 def _tag(text: str) -> str:
     return text.strip().removesuffix("[").strip()
 
@@ -62,7 +67,7 @@ class ToolCalls:
 
     def __init__(self, tag: str, tools: Container[str]) -> None:
         self._tag = tag
-        self._closing = re.sub(r"^(<\|?|\[)", r"\1/", tag)  # <tool_call> → </tool_call>
+        self._closing = closing_tag(tag)
         self._tools = tools
         self._state: State = self._text
         self._held = ""

@@ -14,6 +14,7 @@ import pytest
 
 from refollama.client import Client
 from refollama.version import __version__
+from tests.registry.fake import FakeRegistry
 from tests.server.conftest import TEMPLATE, endless
 from tests.server.process import running
 
@@ -26,7 +27,8 @@ INSTALL = (
 SCRIPT = """
 import { Ollama } from "ollama";
 
-const [host, tiny, eternal] = process.argv.slice(2);  // digests of two files sent before
+// Digests of two files that were sent before; where a registry listens.
+const [host, tiny, eternal, registry] = process.argv.slice(2);
 const ollama = new Ollama({ host });
 const options = { temperature: 0, repeat_penalty: 1, num_predict: 12 };
 const messages = [{ role: "user", content: "the" }];
@@ -61,6 +63,20 @@ found.list = await ollama.list();
 found.show = await ollama.show({ model: "shy" });
 found.delete = await ollama.delete({ model: "twin" });
 found.left = await ollama.list();
+
+const there = { model: `${registry}/me/tale`, insecure: true };
+await ollama.copy({ source: model, destination: there.model });
+found.push = await all(ollama.push({ ...there, stream: true }));
+found.pushed = await ollama.push(there);
+await ollama.delete(there);
+found.pull = await all(ollama.pull({ ...there, stream: true }));
+found.pulled = await ollama.pull(there);
+found.fetched = await ollama.list();
+await ollama.delete(there);
+const lost = { ...there, model: `${registry}/me/nothing` };
+found.lost = [
+  await refusal(ollama.pull(lost)), await refusal(ollama.pull({ ...lost, stream: true })),
+];
 
 found.generate = await ollama.generate({ model, prompt: "the", options });
 found.generated = await all(ollama.generate({ model, prompt: "the", options, stream: true }));
@@ -142,10 +158,11 @@ def found(script, tiny, tmp_path_factory):
     """What the client got, by the names that the script gives."""
     folder = tmp_path_factory.mktemp("npm-store")
     limits = {"OLLAMA_NUM_PARALLEL": "1", "OLLAMA_MAX_LOADED_MODELS": "2"}
-    with running(OLLAMA_MODELS=str(folder / "store"), **limits) as (url, _):
+    server = running(OLLAMA_MODELS=str(folder / "store"), **limits)
+    with FakeRegistry() as registry, server as (url, _):
         sent = [send(url, tiny), send(url, endless(folder))]
         done = subprocess.run(
-            ["node", str(script), url, *sent],
+            ["node", str(script), url, *sent, registry.host],
             env=os.environ | {"TEMPLATE": TEMPLATE},
             capture_output=True,
             text=True,
@@ -177,6 +194,23 @@ def test_models_are_made_listed_shown_copied_and_deleted(found):
     assert names(found["left"]) == {"tiny:latest", "shy:latest"}
     digests = {model["name"]: model["digest"] for model in found["list"]["models"]}
     assert digests["tiny:latest"] == digests["twin:latest"] != digests["shy:latest"]
+
+
+def test_models_go_to_a_registry_and_come_back(found):
+    assert found["pushed"] == found["pulled"] == {"status": "success"}
+    for parts, first in (
+        (found["push"], "retrieving manifest"),
+        (found["pull"], "pulling manifest"),
+    ):
+        assert parts[0] == {"status": first} and parts[-1] == {"status": "success"}
+        bars = [part for part in parts if "digest" in part]
+        assert any(bar["completed"] == bar["total"] for bar in bars)
+    digests = {model["name"]: model["digest"] for model in found["fetched"]["models"]}
+    (there,) = digests.keys() - {"tiny:latest", "shy:latest"}
+    assert there.endswith("/me/tale:latest")
+    whole, streamed = found["lost"]
+    assert whole["status"] == 500 and streamed["status"] is None
+    assert whole["text"] == streamed["text"] == "pull model manifest: file does not exist"
 
 
 def test_a_shown_model_is_what_was_made(found):
