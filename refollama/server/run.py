@@ -37,6 +37,8 @@ def serve(host: str, port: int) -> None:
     Raises: RefollamaError if the address cannot be listened on.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Addresses of a registry's storage are signed: who reads them in a log could use them.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     loopback = is_loopback(host)
     service = Service.default(local_files=loopback)
     threads = service.max_queue + SPARE_THREADS

@@ -16,6 +16,7 @@ import pytest
 
 from refollama.client import Client
 from refollama.server.run import is_loopback
+from tests.registry.fake import FakeRegistry
 from tests.server.conftest import ENDLESS, GREEDY, endless
 from tests.server.process import running
 
@@ -219,6 +220,20 @@ def test_each_request_is_a_line_of_the_log_and_says_nothing_of_its_content(tmp_p
     assert len(asked) == 2 and "confidential" not in log
     assert "method=POST" in asked[0] and "client=127.0.0.1" in asked[0]
     assert "status=200" in asked[0] and "status=499" in asked[1]
+
+
+def test_addresses_of_a_registry_stay_out_of_the_log(tmp_path):
+    """They are signed, so that whoever has them may fetch what lies there."""
+    with (
+        FakeRegistry() as registry,
+        running(OLLAMA_MODELS=str(tmp_path / "store")) as (url, process),
+    ):
+        name = f"{registry.host}/me/confidential"
+        body = {"model": name, "insecure": True, "stream": False}
+        assert httpx.post(f"{url}/api/pull", json=body, timeout=60).status_code == 500
+        assert registry.count() == 1
+        process.terminate()
+        assert "confidential" not in process.communicate(timeout=20)[1]
 
 
 def test_vectors_in_the_making_end_when_the_server_stops(tmp_path):

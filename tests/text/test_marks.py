@@ -65,7 +65,12 @@ def test_what_is_written_is_no_mark(text):
 @given(WISHES)
 def test_a_guard_sees_the_text_and_not_the_marks(text):
     marked = placed(text, 3, 0)
-    seen = []
-    guarded = around(lambda part: seen.append(part) or part.upper(), marked)
+    seen: list[str] = []
+
+    def guard(part):
+        seen.append(part)
+        return part.upper()
+
+    guarded = around(guard, marked)
     assert numbers(guarded) == numbers(marked)
     assert "".join(seen) == "".join(part for part in parted(marked) if isinstance(part, str))
