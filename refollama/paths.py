@@ -15,6 +15,11 @@ def is_path(text: str) -> bool:
     return text.startswith(PATH_STARTS)
 
 
+def lies_here(text: str) -> bool:
+    """Is it a GGUF file, seen from where we stand?  Then it is not taken for a name."""
+    return text.endswith(".gguf") and os.path.isfile(text)
+
+
 def file_state(path: Path) -> tuple[int, ...]:
     """What is another once the file was replaced or changed.  Raises: NotFound."""
     try:

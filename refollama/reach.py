@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from refollama import terminal
+from refollama.errors import RefollamaError
 from refollama.host import on_this_machine
+from refollama.version import __version__
 
 if TYPE_CHECKING:
     from refollama.client import Client
@@ -39,14 +41,31 @@ def keeper() -> Iterator[Client | Here]:
         yield client if listens else Here()
 
 
+def version() -> tuple[str, str]:
+    """The server's version, or ours if none answers; and what is to be known of it, or nothing."""
+    from refollama.client import Client
+
+    try:
+        with Client() as client:
+            if client.is_running():
+                found = client.version()
+                return found, "" if found == __version__ else f"client version is {__version__}"
+    except RefollamaError as problem:
+        return __version__, str(problem)
+    return __version__, "could not connect to a running refollama instance"
+
+
 class Here:
     """The store of this machine, in the words of a client."""
 
     def copy(self, source: str, destination: str) -> None:
         """Give a model a second name."""
+        from refollama.fable.bundled import stock
         from refollama.store import Name, Store
 
-        Store.default().copy(Name.parse(source), Name.parse(destination))
+        store = Store.default()
+        stock(store, source)
+        store.copy(Name.parse(source), Name.parse(destination))
 
     def delete(self, model: str) -> None:
         """Remove a model, and the blobs that no other one needs."""

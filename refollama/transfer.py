@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from refollama import terminal
-from refollama.errors import BadRequest, NotFound, RefollamaError, ServerUnreachable
+from refollama.errors import (
+    BadRequest,
+    NotFound,
+    RefollamaError,
+    RegistryError,
+    ServerUnreachable,
+    Unauthorized,
+)
 from refollama.host import base_url, on_this_machine
 from refollama.paths import is_path
 from refollama.store import Name
@@ -89,14 +96,34 @@ def login_host(text: str) -> str:
     url = base_url(os.environ)
     if not on_this_machine(url):
         raise BadRequest(f"the server at {url} would not see this: log in on its machine")
-    return Name.parse(f"{text.rstrip('/')}/namespace/model").host
+    return _somewhere(text.rstrip("/")).host
 
 
-def login(host: str, user: str, password: str) -> None:
-    """Keep them for the next pull or push.  Raises: StoreError and its kin."""
-    from refollama.store.registry import logins
+def login(host: str, user: str, password: str, insecure: bool = False) -> None:
+    """Keep them for the next pull or push, unless the registry does not accept them.
 
+    A registry that cannot be asked now is no reason to refuse them; it is told.
+    Raises: Unauthorized, BadRequest; StoreError and its kin.
+    """
+    from refollama.store.registry import Registry, logins
+
+    given = logins.checked(user, password)
+    try:
+        with (
+            Registry(_somewhere(host), insecure=insecure, login=given) as registry,
+            terminal.spinner(f"asking {host}"),
+        ):
+            registry.knock()
+    except Unauthorized as problem:
+        raise Unauthorized(f"this login is not kept: {problem}") from None
+    except RegistryError as problem:
+        terminal.note(f"this login could not be tried: {problem}")
     logins.store(host, user, password)
+
+
+def _somewhere(host: str) -> Name:
+    """A name at a registry, of a model that need not be there."""
+    return Name.parse(f"{host}/namespace/model")
 
 
 def logout(host: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import stat
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
 from refollama import private_server, transfer
 from refollama.errors import BadRequest, NotFound
 from tests.fake_server import LAYER, FakeServer, many, one
+from tests.registry.fake import FakeRegistry
+from tests.registry.tokens import TokenService
 from tests.test_cli import (
     ROOT,
     STORY,
@@ -396,36 +400,89 @@ def find() -> Find:
     return logins.find
 
 
-def test_a_login_is_kept_and_forgotten(home, find):
-    result = refollama(
-        "login", "localhost:5000", "-u", "me", "--password-stdin", piped="pass word\n"
-    )
+def log_in(host: str, password: str, *flags: str) -> Result:
+    return refollama("login", host, "-u", "me", "--password-stdin", *flags, piped=f"{password}\n")
+
+
+class Password:
+    """Lets in who has it: by Basic, as small private registries do."""
+
+    def challenge(self, authorization: str, repository: str, action: str) -> str | None:
+        good = authorization == f"Basic {base64.b64encode(b'me:pass word').decode()}"
+        return None if good else 'Basic realm="here"'
+
+
+@pytest.fixture(params=["basic", "token"])
+def guarded(request) -> Iterator[FakeRegistry]:
+    """A registry that knows one user."""
+    with (
+        FakeRegistry() as registry,
+        TokenService(only_keys=set(), users={"me": "pass word"}) as tokens,
+    ):
+        registry.guard = tokens if request.param == "token" else Password()
+        yield registry
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    """One that asks nobody who he is."""
+    with FakeRegistry() as registry:
+        yield registry
+
+
+def test_a_login_is_kept_and_forgotten(home, find, guarded):
+    result = log_in(guarded.host, "pass word", "--insecure")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "pass" not in result.output and "'localhost:5000' is kept" in result.stdout
-    kept = find("localhost:5000")
+    assert "pass" not in result.output and f"'{guarded.host}' is kept" in result.stdout
+    kept = find(guarded.host)
     assert (kept.user, kept.password) == ("me", "pass word")
     (file,) = (home / ".ollama").iterdir()
     assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
-    assert refollama("logout", "localhost:5000").stdout.endswith("is forgotten\n")
-    assert find("localhost:5000") is None
-    failed(refollama("logout", "localhost:5000"), "there is no login for 'localhost:5000'")
+    assert refollama("logout", guarded.host).stdout.endswith("is forgotten\n")
+    assert find(guarded.host) is None
+    failed(refollama("logout", guarded.host), f"there is no login for '{guarded.host}'")
 
 
-@pytest.mark.parametrize("written", ["https://registry.example", "registry.example/"])
+def test_a_login_that_the_registry_refuses_is_not_kept(find, guarded):
+    """Nor does it take the place of one that is good."""
+    assert log_in(guarded.host, "pass word", "--insecure").exit_code == 0
+    result = log_in(guarded.host, "wrong word", "--insecure")
+    failed(result, "this login is not kept: ")
+    assert "wrong word" not in result.output
+    assert find(guarded.host).password == "pass word"
+
+
+def test_a_login_that_cannot_be_tried_is_kept_all_the_same(find):
+    with refused_port() as host:
+        result = log_in(host, "secret")
+        assert result.exit_code == 0
+        assert f"Note: this login could not be tried: cannot reach {host}" in result.stderr
+        assert find(host).password == "secret"
+
+
+def test_a_registry_that_is_none_does_not_decide(find, registry):
+    registry.hook = lambda exchange: exchange.answer(404, b"no such page") or True
+    result = log_in(registry.host, "secret", "--insecure")
+    assert result.exit_code == 0 and "404: no such page" in result.stderr
+    assert find(registry.host).password == "secret"
+
+
+@pytest.mark.parametrize("written", ["https://{}", "{}/"])
 def test_a_host_is_kept_as_names_have_it(find, written):
-    refollama("login", written, "-u", "me", "--password-stdin", piped="secret")
-    assert find("registry.example").password == "secret"
+    with refused_port() as host:
+        log_in(written.format(host), "secret")
+        assert find(host).password == "secret"
 
 
-def test_a_password_is_typed_without_echo(home, find):
-    with Terminal("login", "registry.example") as screen:
+def test_a_password_is_typed_without_echo(home, find, registry):
+    with Terminal("login", "--insecure", registry.host) as screen:
         screen.sees("Username: ")
         screen.type("me\r")
         screen.sees("Password: ")
         screen.type("secret\r")
         assert "secret" not in screen.sees("is kept")
         assert screen.status() == 0
-    kept = find("registry.example")
+    kept = find(registry.host)
     assert (kept.user, kept.password) == ("me", "secret")
 
 

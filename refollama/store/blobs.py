@@ -2,7 +2,7 @@
 
     blobs/sha256-2af3…           64 hex digits; `sha256:2af3…`, Ollama's older form, is read too
     blobs/sha256-k2x9…-partial   being written; renamed when whole, removed when not
-    blobs/sha256-2af3…-partial*  on its way from a registry (see registry/parts.py); stays
+    blobs/sha256-2af3…-partial*  on its way from a registry (see parts.py); stays
 
 A blob exists entirely or not at all. Who works with blobs that no manifest names yet *holds* them;
 a blob that came with such work and was never named by a manifest goes when its last holder does.
@@ -17,7 +17,6 @@ import os
 import re
 import stat
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from refollama.errors import BadRequest, FormatError, StoreError
+from refollama.store.lock import StoreLock
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self.folder = root / "blobs"
         # Taken for moments: to name a file, to write a manifest, to see what nobody names.
-        self.lock = threading.RLock()
+        self.lock = StoreLock(self.folder)
         self._held: Counter[str] = Counter()
         self._loose: set[str] = set()  # to be removed with their last holder, unless named by then
 
@@ -191,12 +191,14 @@ class Blobs:
             except StoreError as error:  # the manifests cannot be seen: only a loss of space
                 log.warning("blobs are kept: %s", error)
 
-    def discard(self, digests: Collection[str]) -> None:
-        """Remove blobs, each at once or as soon as nobody holds it any more."""
+    def discard(self, digests: Collection[str]) -> set[str]:
+        """Remove blobs, each at once or as soon as nobody holds it any more; which went at once."""
         with self.lock:
             held = {digest for digest in digests if digest in self._held}
             self._loose |= held
-            self._remove(set(digests) - held)
+            free = set(digests) - held
+            self._remove(free)
+        return free
 
     def _remove(self, digests: Iterable[str]) -> None:
         """What cannot be removed is only a loss of space: a warning, never a failure."""

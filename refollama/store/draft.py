@@ -10,6 +10,7 @@ from refollama.errors import FormatError, ModelNotFound, StoreError
 from refollama.store.blobs import Blobs
 from refollama.store.manifest import Manifest, Manifests
 from refollama.store.name import Name
+from refollama.store.parts import sweep
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,13 @@ def digests_of(manifests: Manifests, name: Name) -> frozenset[str]:
 
 
 def prune(blobs: Blobs, manifests: Manifests, digests: frozenset[str]) -> None:
-    """Remove those of the blobs that no manifest names; none if a manifest cannot be read."""
+    """Remove those of the blobs that no manifest names, with what is here of them in parts; none
+    if a manifest cannot be read.
+    """
     with blobs.lock:
         if not digests:
             return
         if not manifests.all_readable():
             log.warning("some manifest cannot be read: no blobs are removed, it may name them")
             return
-        blobs.discard(digests - manifests.named())
+        sweep(blobs, blobs.discard(digests - manifests.named()))

@@ -26,7 +26,6 @@ def hurry(monkeypatch):
 @pytest.fixture
 def small_parts(monkeypatch):
     """A blob of some hundred kilobytes has as many parts as one of gigabytes."""
-    from refollama.store.registry import outgoing, parts
+    from refollama.store import parts
 
-    monkeypatch.setattr(outgoing, "SMALLEST", 50_000)
     monkeypatch.setattr(parts, "SMALLEST", 50_000)

@@ -106,7 +106,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(400):
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.TransportError):
-            httpx.get(url, verify=False)
+            httpx.get(url, verify=False, trust_env=False)
             return
         time.sleep(0.025)
     raise AssertionError(f"{PACKAGE} does not answer: {log.read_text()}")

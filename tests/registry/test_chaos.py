@@ -7,6 +7,7 @@ faults always succeeds, and what was whole by then is not moved again.
 import json
 import math
 import random
+import threading
 import time
 from contextlib import closing
 from functools import partial
@@ -16,9 +17,9 @@ import pytest
 
 from refollama.errors import RefollamaError
 from refollama.store import Store
-from refollama.store.registry import Downloads, pull, push
+from refollama.store.registry import Downloads, pull, push, session
 from tests.registry.debian import debian
-from tests.registry.fake import MANIFEST, FakeRegistry, digest_of
+from tests.registry.fake import MANIFEST, FakeRegistry, digest_of, wait_until
 from tests.registry.faults import Faults
 from tests.registry.models import contents, fill, is_sound, some_bytes
 from tests.registry.parts import claimed, overlap, true_claims, whole
@@ -66,7 +67,7 @@ def succeed(begin):
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_a_faulty_pull(tmp_path, seed):
+def test_a_faulty_pull(tmp_path, monkeypatch, seed):
     chance = random.Random(seed)
     store = Store(tmp_path)
     with (
@@ -81,6 +82,8 @@ def test_a_faulty_pull(tmp_path, seed):
                 check_pulled(store, registry, digests, network)
             check_claims(store, registry, digests, network)
         network.odds, registry.rate = 0, None
+        monkeypatch.setattr(session, "STALL", 30)  # a busy machine is no fault
+        wait_until(lambda: not any(one.name == "download" for one in threading.enumerate()))
         was_whole = {digest for digest in digests if whole(store.root, digest)}
         was_claimed = {digest: list(claimed(store.root, digest)) for digest in digests}
         registry.asked.clear()

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refollama.errors import RefollamaError, RegistryError, StoreError
+from refollama.store import parts
 from refollama.store.blobs import Blobs
 from refollama.store.manifest import MODEL, Layer
 from refollama.store.name import Name
+from refollama.store.parts import PartFiles
 from refollama.store.registry import download as download_module
-from refollama.store.registry import incoming, parts
+from refollama.store.registry import incoming
 from refollama.store.registry.download import Downloads, Line
-from refollama.store.registry.parts import PartFiles
 from refollama.store.registry.session import Registry
 from tests.registry.fake import FakeRegistry, digest_of
 from tests.registry.models import is_sound, some_bytes

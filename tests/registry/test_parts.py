@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refollama.errors import BadRequest, FormatError, StoreError
+from refollama.store import parts as module
 from refollama.store.blobs import Blobs
-from refollama.store.registry import parts as module
-from refollama.store.registry.parts import Part, PartFiles, left_over, parsed, planned
+from refollama.store.parts import Part, PartFiles, left_over, parsed, planned
 from tests.registry.fake import digest_of
 from tests.registry.models import some_bytes
 from tests.registry.parts import claimed, true_claims

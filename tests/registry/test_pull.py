@@ -14,6 +14,7 @@ from refollama.errors import Abandoned, BadName, BadRequest, RegistryError, Stor
 from refollama.messages import Progress
 from refollama.store import Name, Store
 from refollama.store.manifest import MANIFEST, MODEL, TEMPLATE
+from refollama.store.parts import PartFiles
 from refollama.store.registry import Downloads, incoming, session
 from refollama.store.registry.pull import pull as pull_of_model
 from tests.registry.fake import FakeRegistry
@@ -189,6 +190,25 @@ def test_a_model_that_is_removed_meanwhile_takes_no_blob_along(registry, pulling
                 store.remove(other)
     assert step.status == "success"
     assert is_sound(store.root) and len(contents(store.root)) == 4
+
+
+def test_with_the_last_model_that_names_a_blob_go_its_parts(registry, pulling, store):
+    """Not those that somebody is writing, be it another process, nor those of other blobs."""
+    digest, small, config = registry.add("library/tale", "latest", [DATA, b"small"])
+    registry.add("library/other", "latest", [b"small"], config=b"{ }")
+    list(pulling())
+    list(pulling("library/other"))
+    left = [PartFiles(store.blobs, one, 9) for one in (digest, small, config)]
+    for parts in left:
+        assert parts.open()
+        parts.begin()
+    left[0].close()
+    left[1].close()
+    store.remove(Name.parse(f"{registry.host}/library/tale"))
+    kept = {one.replace(":", "-") for one in (small, config)}
+    partial = [path.name for path in store.blobs.folder.glob("*-partial*")]
+    assert sorted(partial) == sorted(f"{one}-partial{end}" for one in kept for end in ("", "-0"))
+    left[2].close()
 
 
 # -------------------------------------------------------------------- who leaves

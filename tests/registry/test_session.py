@@ -300,6 +300,7 @@ def test_where_to_go_on_is_made_absolute(secure, given, expected):
 def test_dockers_own_header_goes_before_the_general_one(secure):
     both = answered(Location="https://store.example/part", Docker_Upload_Location="/next")
     assert secure.location(both) == "https://registry.example/next"
+    assert secure.location(both, redirect=True) == "https://store.example/part"
 
 
 NO_PLACES = ["file:///etc/passwd", "ftp://h.example/x", "http:///x", "https://[::1"]
@@ -413,6 +414,23 @@ def test_a_name_that_turns_private_later_is_found_out(desk, monkeypatch):
         with pytest.raises(RegistryError, match="private address: refused"):
             read(registry, "second")  # the first connection is busy, so this needs another
     assert desk.targets() == ["/v2/me/tale/first"]
+
+
+@pytest.mark.usefixtures("public_loopback")
+def test_a_name_that_was_private_before_is_not_trusted_once_it_is_public(desk, monkeypatch):
+    """Who owns a name could let it begin with an address of ours."""
+    secret = to(f"http://localhost:{desk.port}/secret")
+    places = {"turning.example": "127.0.0.2"}
+    lead_to(monkeypatch, places)
+    with open_desk(secret) as first, registry_at(f"turning.example:{first.port}") as registry:
+        with socket.create_server(("127.0.0.2", first.port)), pytest.raises(Passing):
+            registry.stall = 0.1
+            read(registry)
+        registry.stall = 10
+        places["turning.example"] = "127.0.0.1"
+        with pytest.raises(RegistryError, match="private address: refused"):
+            read(registry)
+    assert desk.seen == []
 
 
 def lead_to(monkeypatch, places):
@@ -585,6 +603,22 @@ def test_closing_wakes_who_waits():
         assert len(caught) == 1
         with pytest.raises(Abandoned):
             read(registry)
+
+
+def test_a_connection_that_stands_only_after_closing_is_closed(desk, monkeypatch):
+    """The pool has forgotten it by then: nobody else would close it."""
+    real, made = socket.create_connection, []
+
+    def connect(*args, **more):
+        made.append(real(*args, **more))
+        registry.close()
+        return made[0]
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with registry_at(desk.host) as registry, pytest.raises(Abandoned):
+        read(registry)
+    assert made[0].fileno() == -1
+    assert desk.seen == []
 
 
 def wait_until(condition):

@@ -172,7 +172,8 @@ def test_a_push_tells_every_step_and_takes_the_model_there(registry, service, ht
     found = records(ask(http, "push", name))
     layers = layers_of(service)
     bars = [f"pushing {layer.digest[7:19]}" for layer in layers]
-    assert statuses(found) == ["retrieving manifest", *bars, "pushing manifest", "success"]
+    steps = [step for bar in bars for step in ("starting upload", bar)]
+    assert statuses(found) == ["retrieving manifest", *steps, "pushing manifest", "success"]
     for layer in layers:
         *_, last = (record for record in found if record.get("digest") == layer.digest)
         assert last["completed"] == last["total"] == layer.size

@@ -1,5 +1,7 @@
 """A name becomes files; what is in the making, replaced or removed leaves nothing behind."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -287,3 +289,44 @@ def test_readers_never_see_half_a_model(store):
         assert len(store.list()) == 1
         time.sleep(0.002)  # let the writer have the lock
     thread.join()
+
+
+# -------------------------------------------------------------------- two processes, one store
+
+
+def test_two_processes_never_make_a_model_without_its_blobs(store, monkeypatch):
+    """The other one removes a model, in the moment between our last look and our manifest.
+
+    It does not know what we hold. Two stores in one process stand for two processes: what is
+    between them is a lock on the disk.
+    """
+    make(store, "x", WEIGHTS)
+    other, write = Store(store.root), store.manifests.write
+    remover = threading.Thread(target=other.remove, args=(X,))
+
+    def late(name, data):
+        remover.start()
+        remover.join(0.3)
+        write(name, data)
+
+    monkeypatch.setattr(store.manifests, "write", late)
+    made = make(store, "y", WEIGHTS)
+    remover.join(10)
+    assert [str(entry.name) for entry in store.list()] == ["y:latest"]
+    assert all(store.blobs.has(digest) for digest in made.digests)
+
+
+def test_without_locks_on_the_disk_threads_still_wait(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    store = Store(tmp_path)
+    make(store, "x", WEIGHTS)
+    with store.blobs.lock, store.blobs.lock:
+        thread = threading.Thread(target=store.remove, args=(X,))
+        thread.start()
+        thread.join(0.1)
+        assert len(store.list()) == 1
+    thread.join(10)
+    assert len(store.list()) == 0

@@ -7,9 +7,11 @@ session      one registry: addresses, redirects, what is tried again
   └ peers, failures         where it may lead us; what breaks, as sentences
   │
   ├ pull     its manifest → the blobs that we lack → our manifest
-  │   └ download, incoming, parts      one blob, for all who want it; in parts; on the disk
+  │   └ download, incoming             one blob, for all who want it; its bytes
   └ push     the blobs that it lacks → its manifest
       └ upload, outgoing               one blob; its bytes
+
+beside: all of this happens in threads that whoever asked may leave.  ../parts: how a blob is cut.
 """
 
 from refollama.store.registry.download import Downloads

@@ -125,12 +125,16 @@ class Authorisation:
     """Who we are, for one registry: shared by the threads of one pull or push.
 
     `ask`: sends one GET with an Authorization header; status, headers and body of the answer.
+    `login`: in place of the one that is kept.
     """
 
-    def __init__(self, registry: httpx.URL, home: Path, ask: Ask) -> None:
+    def __init__(
+        self, registry: httpx.URL, home: Path, ask: Ask, login: logins.Login | None = None
+    ) -> None:
         self._registry = registry
         self._home = home
         self._ask = ask
+        self._given = login
         self._lock = threading.Lock()  # one thread asks for a token, the others wait for it
         self._header: str | None = None
         self._challenge: Challenge | None = None
@@ -160,10 +164,13 @@ class Authorisation:
 
     def refused(self) -> str:
         """The sentence for a second 401."""
-        login = logins.find(self._host, home=self._home)
+        login = self._login()
         if login is None:
             return "unauthorized"
         return f"unauthorized: {self._host} does not accept user {login.user!r}"
+
+    def _login(self) -> logins.Login | None:
+        return self._given or logins.find(self._host, home=self._home)
 
     @property
     def _host(self) -> str:
@@ -183,7 +190,7 @@ class Authorisation:
         if challenge.scheme == "bearer":
             self._fetch(challenge)
             return
-        login = logins.find(self._host, home=self._home)
+        login = self._login()
         if login is None:
             command = f"refollama login {self._host}"
             raise Unauthorized(f"unauthorized: {self._host} wants a user: `{command}`")
@@ -205,7 +212,7 @@ class Authorisation:
         self._renew_at = monotonic() + (float("inf") if lives is None else EARLIER * lives)
 
     def _credentials(self, url: str) -> str:
-        login = logins.find(self._host, home=self._home)
+        login = self._login()
         if login is not None:
             return basic(login)
         key = keys.load(self._home)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from refollama.errors import Abandoned, RegistryError
 from refollama.store.blobs import Blobs
 from refollama.store.manifest import Layer
+from refollama.store.parts import PartFiles
 from refollama.store.registry.incoming import Incoming
-from refollama.store.registry.parts import PartFiles
 from refollama.store.registry.session import Registry
 
 LOCK_EVERY = 0.1  # seconds; how often we look whether another process has left the blob

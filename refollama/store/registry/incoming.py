@@ -24,7 +24,7 @@ import httpx
 
 from refollama.errors import Abandoned, Passing, RegistryError
 from refollama.store.blobs import CHUNK
-from refollama.store.registry.parts import Part, PartFiles
+from refollama.store.parts import Part, PartFiles
 from refollama.store.registry.session import Registry, retried
 
 # Parts that come at the same time: enough to fill a line whose single connections are slow. With

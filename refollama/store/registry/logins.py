@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,17 @@ def find(host: str, *, home: Path | None = None) -> Login | None:
     return _from_environment(host) or _login(_read(_file(home)).get(_plain(host)))
 
 
-def store(host: str, user: str, password: str, *, home: Path | None = None) -> None:
-    """Remember a login.  Raises: BadRequest for a user that cannot be sent; StoreError."""
+def checked(user: str, password: str) -> Login:
+    """A login that can be sent.  Raises: BadRequest."""
     if not user or ":" in user:
         raise BadRequest("a user name must not be empty, nor hold a colon")
-    _write(_file(home), _read(_file(home)) | {_plain(host): {"user": user, "password": password}})
+    return Login(user, password)
+
+
+def store(host: str, user: str, password: str, *, home: Path | None = None) -> None:
+    """Remember a login.  Raises: BadRequest for a user that cannot be sent; StoreError."""
+    kept = asdict(checked(user, password))
+    _write(_file(home), _read(_file(home)) | {_plain(host): kept})
 
 
 def forget(host: str, *, home: Path | None = None) -> bool:

@@ -8,37 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from refollama.errors import StoreError
+from refollama.errors import BadRequest, StoreError
 from refollama.store.blobs import CHUNK, disk, regular
-
-# A part is a 64th of the blob, within these bounds, as Ollama cuts it.
-SMALLEST = 100_000_000
-LARGEST = 1_000_000_000
+from refollama.store.parts import Part, planned
 
 PIECE = 1 << 16  # bytes that are handed to the network at once: a slow line still shows movement
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some bytes of a blob, counted from 0."""
-
-    number: int
-    first: int  # offset in the blob
-    end: int  # offset of the first byte behind it
-
-    @property
-    def size(self) -> int:
-        return self.end - self.first
-
-
-def cut(size: int) -> list[Part]:
-    """The parts of a blob of so many bytes; none if it is empty."""
-    step = min(max(size // 64, SMALLEST), LARGEST)
-    firsts = range(0, size, step)
-    return [Part(n, first, min(first + step, size)) for n, first in enumerate(firsts)]
 
 
 class Outgoing:
@@ -48,28 +26,24 @@ class Outgoing:
     """
 
     def __init__(self, path: Path, size: int, wanted: Callable[[], None]) -> None:
-        self.parts = cut(size)
+        self.parts = planned(size)
         self.reached = 0  # the offset up to which bytes were handed out, at the most
         self._path = path
         self._wanted = wanted
-        self._moved = [0] * len(self.parts)  # bytes of each part that are out
         self._sums = [b""] * len(self.parts)  # MD5 of each part
 
     @property
     def completed(self) -> int:
-        return sum(self._moved)
+        """Bytes that are out."""
+        return sum(part.completed for part in self.parts)
 
     def part_at(self, offset: int) -> Part:
-        return next(part for part in self.parts if part.first <= offset < part.end)
-
-    def forget(self, part: Part) -> None:
-        """It was not taken: count it anew."""
-        self._moved[part.number] = 0
+        return next(part for part in self.parts if part.offset <= offset < part.end)
 
     def rewind(self, offset: int) -> None:
         """So much has arrived, and nothing behind it."""
         for part in self.parts:
-            self._moved[part.number] = min(max(offset - part.first, 0), part.size)
+            part.completed = min(max(offset - part.offset, 0), part.size)
 
     def body(self, part: Part, offset: int, *, counted: bool = True) -> Iterator[bytes]:
         """The bytes of a part from an offset in the blob on, in pieces.
@@ -77,7 +51,7 @@ class Outgoing:
         Raises: StoreError if the disk has fewer; whatever `wanted` raises.
         """
         found = hashlib.md5(usedforsecurity=False)
-        at = part.first
+        at = part.offset
         for piece in _pieces(self._path, part):
             self._wanted()
             found.update(piece)
@@ -86,7 +60,7 @@ class Outgoing:
                 self.reached = max(self.reached, at)
                 yield piece[max(0, offset - at + len(piece)) :]
             if counted:
-                self._moved[part.number] = at - part.first
+                part.completed = at - part.offset
         self._sums[part.number] = found.digest()
 
     def etag(self) -> str:
@@ -103,11 +77,22 @@ class Outgoing:
 
 def _pieces(path: Path, part: Part) -> Iterator[bytes]:
     """A part of a file; large steps on the disk, small ones for the network."""
-    with regular(path) as file:
-        file.seek(part.first)
-        for at in range(part.first, part.end, CHUNK):
+    with _opened(path) as file:
+        file.seek(part.offset)
+        for at in range(part.offset, part.end, CHUNK):
             with disk("reading a blob"):
                 chunk = file.read(min(CHUNK, part.end - at))
             if len(chunk) < min(CHUNK, part.end - at):
                 raise StoreError(f"blob {path.name[:19]}… became shorter while it was sent")
             yield from (chunk[i : i + PIECE] for i in range(0, len(chunk), PIECE))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Another process, which does not know that we hold it, may have removed it."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(regular(path))
+        except BadRequest:
+            raise StoreError(f"blob {path.name[:19]}… has gone: pull or create it again") from None
+        yield file

@@ -17,19 +17,20 @@ from weakref import WeakSet
 
 import httpx
 
-from refollama.errors import RegistryError
+from refollama.errors import Abandoned, RegistryError
 
 Watch = Callable[[str, dict[str, Any]], None]
 
 
 class Peers:
-    """The addresses that one registry may lead to; how it was first met decides."""
+    """The addresses that one registry may lead to: any, as long as all of its own are private."""
 
     def __init__(self, host: str) -> None:
         self._host = host
         # None until the first connection; behind a proxy, which looks names up itself, for ever.
         self._private: bool | None = True if names_private(host) else None
         self._lock = threading.Lock()
+        self._ended = False
         self._sockets: WeakSet[socket.socket] = WeakSet()
 
     def check(self, host: str) -> None:
@@ -38,8 +39,12 @@ class Peers:
             raise self._refusal(host)
 
     def hang_up(self) -> None:
-        """End all connections: who waits for one is woken, which closing it would not do."""
+        """End all connections: who waits for one is woken, which closing it would not do.
+
+        One that is only now being made is closed as soon as it stands.
+        """
         with self._lock:
+            self._ended = True
             open_ones = list(self._sockets)
         for one in open_ones:
             with suppress(OSError):  # closed already
@@ -57,17 +62,21 @@ class Peers:
             elif event.endswith("connect_tcp.complete") and asked == wanted:  # else a proxy's
                 self._meet(url.host, info["return_value"])
             if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-                self._remember(info["return_value"].get_extra_info("socket"))
+                self._remember(info["return_value"])
 
         return see
 
-    def _remember(self, one: socket.socket) -> None:
+    def _remember(self, stream: Any) -> None:
         with self._lock:
-            self._sockets.add(one)
+            if not self._ended:
+                self._sockets.add(stream.get_extra_info("socket"))
+                return
+        stream.close()  # the pool has forgotten it, and would leave it open
+        raise Abandoned("the transfer has ended")
 
     def _meet(self, host: str, stream: Any) -> None:
         private = is_private(stream.get_extra_info("server_addr")[0])
-        if host == self._host and self._private is None:
+        if host == self._host and self._private is not False:  # once public, always public
             self._private = private
         if private and not self._private:
             stream.close()

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 
-from refollama.errors import Abandoned, FormatError, RegistryError, StoreError, Unauthorized
+from refollama.errors import FormatError, RegistryError, StoreError, Unauthorized
 from refollama.messages import Progress
 from refollama.store import TEXT_LIMIT, Store
 from refollama.store.blobs import disk
 from refollama.store.manifest import MANIFEST, READ_LIMIT, Layer, Manifest
 from refollama.store.name import Name, scheme_of
+from refollama.store.parts import left_over
+from refollama.store.registry.beside import PROGRESS_EVERY, Gone, check_gone, waited
 from refollama.store.registry.download import Download, Downloads, Line, is_here
 from refollama.store.registry.failures import refusal
-from refollama.store.registry.parts import left_over
 from refollama.store.registry.session import Registry, retried
 
-T = TypeVar("T")
-Gone = Callable[[], bool]
-
-PROGRESS_EVERY = 0.1  # seconds; also how often we ask whether anybody still listens
 MOST_LAYERS = 1000  # of one model; real ones have about six
 SPARE = 64 << 20  # bytes that are left free on the disk
 
@@ -72,12 +67,16 @@ def pull(
 def _manifest(registry: Registry, tag: str, gone: Gone) -> Manifest:
     """What the registry says that the model is made of."""
     cancelled = threading.Event()
+
+    def leave() -> None:
+        cancelled.set()
+        registry.close()
+
+    def read() -> bytes:
+        return retried(lambda: _read(registry, tag), cancelled=cancelled)
+
     with _about_the_manifest():
-        try:
-            data = _beside(lambda: retried(lambda: _read(registry, tag), cancelled=cancelled), gone)
-        finally:
-            cancelled.set()
-        manifest = Manifest.parse(data)
+        manifest = Manifest.parse(waited(read, leave, gone))
         _check_shape(manifest)
     return manifest
 
@@ -91,22 +90,6 @@ def _about_the_manifest() -> Iterator[None]:
         raise Unauthorized(f"pull model manifest: {error}") from error
     except (RegistryError, FormatError) as error:
         raise RegistryError(f"pull model manifest: {error}") from error
-
-
-def _beside(work: Callable[[], T], gone: Gone) -> T:
-    """What a piece of work gives, if somebody waits for it until then."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="pull", daemon=True).start()
-    while not wait([future], PROGRESS_EVERY).done:
-        _check_gone(gone)
-    return future.result()
 
 
 def _read(registry: Registry, tag: str) -> bytes:
@@ -187,7 +170,7 @@ def _begun(download: Download, layer: Layer, gone: Gone) -> Generator[Progress, 
     """Until it is known where a download goes on. Another process may fetch the same blob: then
     we wait, and see in its records how far it comes."""
     while not download.begun.wait(PROGRESS_EVERY):
-        _check_gone(gone)
+        check_gone(gone)
         if download.waits:
             yield Progress(f"waiting for another process that pulls {_short(layer)}")
 
@@ -195,13 +178,8 @@ def _begun(download: Download, layer: Layer, gone: Gone) -> Generator[Progress, 
 def _ended(download: Download, gone: Gone) -> bool:
     if download.ended.wait(PROGRESS_EVERY):
         return True
-    _check_gone(gone)
+    check_gone(gone)
     return False
-
-
-def _check_gone(gone: Gone) -> None:
-    if gone():
-        raise Abandoned("whoever asked has gone")
 
 
 def _check_failure(download: Download, line: Line) -> None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import wait
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
-from refollama.errors import Abandoned, RefollamaError, StoreError, Unauthorized
+from refollama.errors import RefollamaError, StoreError, Unauthorized
 from refollama.messages import Progress
 from refollama.store import Store
 from refollama.store.draft import Draft
 from refollama.store.manifest import MANIFEST, Layer, Manifest
 from refollama.store.name import Name, scheme_of
+from refollama.store.registry.beside import Gone, beside, waited
 from refollama.store.registry.session import Registry, retried
-from refollama.store.registry.upload import Upload, in_thread, refuse
-
-Gone = Callable[[], bool]
-
-PROGRESS_EVERY = 0.1  # seconds; also how often we ask whether anybody still listens
-LEAVING = 0.5  # seconds that a broken upload gets to end, before it is left to end alone
+from refollama.store.registry.upload import Upload, refuse
 
 
 def push(
@@ -53,7 +48,8 @@ def push(
         _check(store, manifest)
         for layer in (*manifest.layers, manifest.config):
             yield from _blob(registry, Upload(registry, store.blobs, layer), layer, gone)
-        yield from _manifest(registry, name.tag, manifest, gone)
+        yield Progress("pushing manifest")
+        _manifest(registry, name.tag, manifest, gone)
     yield Progress("success")
 
 
@@ -99,7 +95,8 @@ def _check(store: Store, manifest: Manifest) -> None:
 def _blob(
     registry: Registry, upload: Upload, layer: Layer, gone: Gone
 ) -> Generator[Progress, None, None]:
-    """One event for a blob that is there already; else as many as its way out takes."""
+    """One event for a blob that is there already; else one more when it begins to go out, as the
+    document of 2023 has it, and as many as its way takes."""
     digits = layer.digest.removeprefix("sha256:")
     at = Progress(f"pushing {digits[:12]}", digest=layer.digest, total=layer.size)
 
@@ -107,15 +104,17 @@ def _blob(
         upload.cancel()
         registry.close()
 
-    for _ in _beside(upload.send, leave, gone):
+    start = iter([replace(at, status="starting upload")])
+    for _ in beside(upload.send, leave, gone):
         if upload.sending:
+            yield from start
             yield replace(at, completed=upload.completed)
+    if upload.sending:
+        yield from start
     yield replace(at, completed=layer.size)
 
 
-def _manifest(
-    registry: Registry, tag: str, manifest: Manifest, gone: Gone
-) -> Generator[Progress, None, None]:
+def _manifest(registry: Registry, tag: str, manifest: Manifest, gone: Gone) -> None:
     cancelled = Event()
 
     def put() -> None:
@@ -128,23 +127,4 @@ def _manifest(
         cancelled.set()
         registry.close()
 
-    yield Progress("pushing manifest")
-    for _ in _beside(lambda: retried(put, cancelled=cancelled), leave, gone):
-        pass
-
-
-def _beside(
-    work: Callable[[], None], leave: Callable[[], None], gone: Gone
-) -> Generator[None, None, None]:
-    """Work in a thread; yields now and then until it is done.  Whoever leaves before ends it."""
-    done = in_thread(work)
-    try:
-        while not wait([done], PROGRESS_EVERY).done:
-            if gone():
-                raise Abandoned("whoever asked has gone")
-            yield
-    finally:
-        if not done.done():
-            leave()
-            wait([done], LEAVING)
-    done.result()
+    waited(lambda: retried(put, cancelled=cancelled), leave, gone)

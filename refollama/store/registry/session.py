@@ -30,6 +30,7 @@ from refollama.host import on_this_machine
 from refollama.store.name import Name
 from refollama.store.registry.auth import Authorisation
 from refollama.store.registry.failures import SHOWN, explained, place, refusal
+from refollama.store.registry.logins import Login
 from refollama.store.registry.peers import Peers
 from refollama.version import __version__
 
@@ -39,11 +40,12 @@ Content = bytes | Callable[[], Iterable[bytes]]
 STALL = 30.0  # seconds without a byte after which a request has failed
 MAX_REDIRECTS = 10
 LONGEST_WAIT = 60.0  # seconds; a registry may ask for more, and is not heard
-TOKEN_LIMIT = 64 << 10  # bytes of a token service's answer
+SMALL = 64 << 10  # bytes; more than a token service has to say
 SMALL_ANSWER = 120.0  # seconds for an answer that is read whole: a slow drip never stalls
 
-# Registries look at the beginning: the release whose protocol we speak, then who really asks.
-PROTOCOL = "0.1.17"
+# Registries look at the beginning, a release of Ollama: models that are newer than it they refuse
+# (412). This one knows all kinds of models that we can run. Who really asks stands behind it.
+RELEASE = "0.9.0"
 _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -63,6 +65,7 @@ class Registry:
     """The registry of one model.  Safe for several threads; a context manager.
 
     `insecure`: speak http.  `home`: the folder of the key and the logins, else ~/.ollama.
+    `login`: in place of the one that is kept there.
     Raises: BadRequest for an http:// name without `insecure`, before anything is sent.
     """
 
@@ -73,6 +76,7 @@ class Registry:
         scheme: str = "https",
         insecure: bool = False,
         home: Path | None = None,
+        login: Login | None = None,
     ) -> None:
         if scheme == "http" and not insecure:
             raise BadRequest("insecure protocol http")
@@ -82,7 +86,7 @@ class Registry:
         self._http = _client(self._base)
         self._reached = False
         folder = home or Path.home() / ".ollama"
-        self._authorisation = Authorisation(self._base, folder, self._ask_for_token)
+        self._authorisation = Authorisation(self._base, folder, self._ask_for_token, login)
 
     def __enter__(self) -> Registry:
         return self
@@ -135,17 +139,27 @@ class Registry:
                 raise RegistryError(f"{place(response.url)} answers with more than {limit} bytes")
             return response.status_code, response.headers, data
 
+    def knock(self) -> None:
+        """Are we let in at all?  (`GET /v2/`)
+
+        Raises: Unauthorized if not; RegistryError and its kin if that cannot be found out.
+        """
+        url = str(self._base.join("/v2/"))
+        status, headers, data = self.read("GET", url, limit=SMALL, follow=False)
+        if status != httpx.codes.OK:
+            raise refusal(status, headers, data)
+
     def refuse(self, response: httpx.Response) -> NoReturn:
         """An answer from 400 on, or a senseless one, as the error that it is."""
         raise refusal(response.status_code, response.headers, _complaint(response))
 
-    def location(self, response: httpx.Response) -> str:
-        """Where an upload goes on, or where a redirect leads; absolute.
+    def location(self, response: httpx.Response, *, redirect: bool = False) -> str:
+        """Where an upload goes on, or where a `redirect` leads, which may say both; absolute.
 
         Raises: RegistryError if the answer does not say, or names no place to go to.
         """
-        headers = response.headers
-        given = headers.get("Docker-Upload-Location") or headers.get("Location")
+        names = ["Location"] if redirect else ["Docker-Upload-Location", "Location"]
+        given = next(filter(None, map(response.headers.get, names)), None)
         if not given:
             raise RegistryError(f"{place(response.url)} does not say where to go on")
         return str(self._joined(response.url, given))
@@ -209,9 +223,7 @@ class Registry:
     def _ask_for_token(self, url: str, authorization: str) -> tuple[int, httpx.Headers, bytes]:
         """What the token service answers: a small thing, from one place."""
         headers = {"Authorization": authorization}
-        return self.read(
-            "GET", url, limit=TOKEN_LIMIT, headers=headers, follow=False, authorised=False
-        )
+        return self.read("GET", url, limit=SMALL, headers=headers, follow=False, authorised=False)
 
     # ---------------------------------------------------------------- addresses
 
@@ -358,6 +370,6 @@ def _trusted(_file: str | None, _folder: str | None) -> ssl.SSLContext:
 
 
 def user_agent() -> str:
-    """In Ollama's shape: `ollama/0.1.17 (amd64 linux) refollama/0.1.0`."""
+    """In Ollama's shape: `ollama/0.9.0 (amd64 linux) refollama/0.1.0`."""
     machine = _MACHINES.get(platform.machine(), platform.machine())
-    return f"ollama/{PROTOCOL} ({machine} {sys.platform}) refollama/{__version__}"
+    return f"ollama/{RELEASE} ({machine} {sys.platform}) refollama/{__version__}"

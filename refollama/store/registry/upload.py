@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from itertools import chain, islice
@@ -35,7 +35,9 @@ from refollama.errors import (
 from refollama.store.blobs import Blobs
 from refollama.store.manifest import Layer
 from refollama.store.name import Name
-from refollama.store.registry.outgoing import Outgoing, Part
+from refollama.store.parts import Part
+from refollama.store.registry.beside import in_thread
+from refollama.store.registry.outgoing import Outgoing
 from refollama.store.registry.session import Registry, retried
 
 AT_ONCE = 4  # parts that go to another place at the same time
@@ -270,10 +272,10 @@ class _Attempt:
 
     def _send_elsewhere(self, part: Part, response: httpx.Response) -> None:
         """Begin to send a part where it was redirected to; the next one need not wait for it."""
-        target = self._registry.location(_redirect_alone(response))
+        target = self._registry.location(response, redirect=True)
         if "Docker-Upload-Location" in response.headers:
             self.location = self._registry.location(response)
-        self.bytes.forget(part)
+        part.completed = 0  # the registry took none of it
         self._have = part.end
 
         def put() -> None:
@@ -287,7 +289,7 @@ class _Attempt:
             "PUT",
             target,
             headers=_OCTETS | {"Content-Length": str(part.size)},
-            content=lambda: self.bytes.body(part, part.first),
+            content=lambda: self.bytes.body(part, part.offset),
             follow=False,
             authorised=False,
         ) as response:
@@ -346,7 +348,7 @@ class _Attempt:
             _finish(response)
 
     def _all(self) -> Iterable[bytes]:
-        bodies = (self.bytes.body(part, part.first) for part in self.bytes.parts)
+        bodies = (self.bytes.body(part, part.offset) for part in self.bytes.parts)
         return chain.from_iterable(bodies)
 
     def _end_refused(self, response: httpx.Response) -> NoReturn:
@@ -406,12 +408,6 @@ def _with_query(url: str, query: dict[str, str]) -> str:
     return urlunsplit(parts._replace(query=joined, fragment=""))
 
 
-def _redirect_alone(response: httpx.Response) -> httpx.Response:
-    """Without the address where the upload itself goes on, which stands beside it."""
-    headers = {"Location": response.headers.get("Location", "")}
-    return httpx.Response(response.status_code, headers=headers, request=response.request)
-
-
 def _finish(response: httpx.Response) -> None:
     """Read the little that is left of an answer, so that its connection can be used again."""
     with suppress(httpx.TransportError, Passing):
@@ -430,18 +426,3 @@ def refuse(registry: Registry, response: httpx.Response) -> NoReturn:
             method = response.request.method
             error.args = (f"the registry answers {method} with {status} {words}".rstrip(),)
         raise
-
-
-def in_thread(work: Callable[[], None]) -> Future[None]:
-    """Do it beside; what it raises is kept.  The process may end without waiting for it."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="push", daemon=True).start()
-    return future

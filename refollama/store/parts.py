@@ -1,4 +1,5 @@
-"""How a blob that is on its way lies on the disk: in parts, each with a record of how far it came.
+"""A blob that is on its way: cut into parts; and how they lie on the disk as they come in, each
+with a record of how far it came.
 
     blobs/sha256-2af3…-partial       the data, of its final length, written in several places
     blobs/sha256-2af3…-partial-0     {"N":0,"Offset":0,"Size":100000000,"Completed":2097152}
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refollama.errors import FormatError, StoreError
-from refollama.store.blobs import Blobs, checked_digest, disk, read_small
+from refollama.store.blobs import Blobs, checked_digest, disk, log, read_small
 from refollama.store.manifest import read_object, to_json
 
 # A blob is cut into 64 parts, but no part is smaller or larger than this.  Units: bytes.
@@ -36,7 +37,7 @@ _KEYS = ("N", "Offset", "Size", "Completed")
 
 @dataclass(slots=True)
 class Part:
-    """A range of a blob, and how many of its bytes are here.  Units: bytes."""
+    """A range of a blob, and how many of its bytes have come, or gone.  Units: bytes."""
 
     number: int
     offset: int
@@ -98,6 +99,31 @@ def left_over(blobs: Blobs, digest: str, size: int) -> int:
     with disk("reading the parts of a blob"):
         found = _recorded(_place(blobs, digest), size)
     return sum(part.completed for part in found or ())
+
+
+def sweep(blobs: Blobs, digests: Iterable[str]) -> None:
+    """Remove what earlier tries have left of some blobs, unless somebody is writing there.
+
+    What cannot be removed is only a loss of space: a warning, never a failure.
+    """
+    for digest in digests:
+        try:
+            _sweep(blobs, digest)
+        except StoreError as error:
+            log.warning("parts are kept: %s", error)
+
+
+def _sweep(blobs: Blobs, digest: str) -> None:
+    path = _place(blobs, digest)
+    with disk("looking for parts"):
+        if not path.exists() and not _records_of(path):
+            return
+    files = PartFiles(blobs, digest, 0)
+    if files.open():
+        try:
+            files.discard()
+        finally:
+            files.close()
 
 
 class PartFiles:
