@@ -119,15 +119,19 @@ def _token_id(words: Tokenizer, token: str | int) -> int:
         return token
     some = token[: words.longest + 1]  # what is longer is not one token; that much shows why
     ids = words.encode(some, special=True, continues=True)
-    if len(ids) != 1:
-        shown = " ".join(repr(words.spelling(id).decode(errors="replace")) for id in ids[:SHOWN])
+    written = [words.spelling(id).decode(errors="replace") for id in ids[:SHOWN]]
+    if written != [token]:  # nor is what a vocabulary has no tokens for: it becomes another text
         more = " …" if len(ids) > SHOWN or some != token else ""
-        raise BadRequest(f"{token[:40]!r} is not one token, but these: {shown or 'none'}{more}")
+        shown = " ".join(map(repr, written)) or "none"
+        raise BadRequest(f"{token[:40]!r} is not one token, but these: {shown}{more}")
     return ids[0]
 
 
-def stats(seq: Running, start: int, drawn: int) -> Stats:
-    """Counts and durations of an answer that has just ended."""
+def stats(seq: Running, start: int, drawn: int, looked: int) -> Stats:
+    """Counts and durations of an answer that has just ended.
+
+    looked: how long looking at pictures took, which is part of reading the prompt.
+    """
     now = time.perf_counter_ns()
     read = seq.prompt_read or now
     return Stats(
@@ -135,7 +139,7 @@ def stats(seq: Running, start: int, drawn: int) -> Stats:
         prompt_eval_count=len(seq.prompt) if seq.prompt_read else 0,
         prompt_cached_count=seq.cached,
         prompt_truncated=seq.dropped,
-        prompt_eval_duration=read - (seq.started or read),
+        prompt_eval_duration=looked + read - (seq.started or read),
         eval_count=drawn,
         eval_duration=now - read,
     )

@@ -1,6 +1,7 @@
 """Several answers to one prompt: each is what a request of its own would get."""
 
 import threading
+import time
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_the_prompt_counts_once_and_the_answers_all(tiny):
     assert [one.prompt_cached_count for one in each] == [0] + [whole - 1] * 3
     assert total.eval_count == sum(one.eval_count for one in each) == 48
     assert total.prompt_eval_duration > 0 < total.eval_duration
+
+
+def test_durations_are_of_a_clock():
+    """Of what goes on side by side no sum is told."""
+    age = 10**15
+
+    def start(options, extras):
+        yield Chunk("a")
+        spent = Stats(total_duration=options.seed, prompt_eval_duration=1, eval_duration=age)
+        yield Chunk(done=True, stats=spent)
+
+    *_, end = several(start, Options(seed=5), Extras(), 3)
+    assert end.stats is not None and 0 < end.stats.eval_duration < age
+    assert (end.stats.total_duration, end.stats.prompt_eval_duration) == (7, 1)
 
 
 def test_a_seed_that_is_drawn_is_drawn_once():
@@ -109,9 +124,10 @@ def test_one_that_fails_ends_all():
             closed.append(options.seed)
 
     heard = []
-    with pytest.raises(RefollamaError, match="damaged"):
+    with pytest.raises(RefollamaError) as failure:
         for chunk in several(start, Options(seed=0), Extras(), 4):
             heard.append((chunk.index, chunk.text))
+    assert str(failure.value) == "damaged"  # its traceback still knows them all: none just drops
     assert heard == [(0, "0"), (1, "1"), (2, "2"), (3, "3")] and sorted(closed) == [0, 1, 2, 3]
 
 
@@ -141,6 +157,20 @@ def test_nobody_is_waited_for_while_another_speaks():
         (0, "", False),
         (None, "", True),
     ]
+
+
+def test_what_comes_while_nobody_listens_wakes_at_once(monkeypatch):
+    """The bell rings just behind the last look, and then never again."""
+    monkeypatch.setattr("refollama.several.LOOK_AROUND", 20)
+
+    def start(options, extras):
+        extras.bell.set()
+        yield IDLE
+        yield Chunk(done=True, stats=Stats())
+
+    begun = time.monotonic()
+    assert len(list(several(start, Options(seed=0), Extras(), 2))) == 3
+    assert time.monotonic() - begun < 10
 
 
 def test_thoughts_that_come_first_do_not_keep_others_waiting(tiny):

@@ -187,7 +187,8 @@ class Engine:
                 self._dismiss()
                 if step := self._scheduler.next_step():
                     return step
-                self._changed.wait()
+                if not self._scheduler.can_admit:  # it can, if the one just admitted has failed
+                    self._changed.wait()
 
     def _welcome(self, seq: Sequence, source: int) -> None:
         """Make its slot ready: what it has read already is in the slot `source`."""

@@ -23,10 +23,10 @@ def context(options: Options, trained: int) -> int:
     return min(options.num_ctx or trained, trained)
 
 
-def check(tokens: int, room: int, about: str = "") -> None:
+def check(tokens: int, room: int) -> None:
     """Raises: PromptTooLong unless so many tokens fit."""
     if tokens > room:
-        raise PromptTooLong(f"{about}{tokens}", room)
+        raise PromptTooLong(tokens, room)
 
 
 def keep(prompt: Sequence[int], options: Options, n_ctx: int, bos: int | None) -> int:

@@ -46,8 +46,9 @@ class Extras:
     pictures: tuple[Seen, ...] = ()  # what ids behind the vocabulary stand for, while it runs
 
     def words(self, ids: list[int]) -> list[int]:
-        """The ids of text alone, without those of pictures."""
-        return [id for id in ids if not any(id in picture.ids for picture in self.pictures)]
+        """The ids of text alone, without those of pictures, which lie behind the vocabulary."""
+        first = min((picture.ids.start for picture in self.pictures), default=None)
+        return ids if first is None else [id for id in ids if id < first]
 
 
 NO_MARKS, NO_EXTRAS = Marks(), Extras()

@@ -237,6 +237,27 @@ def test_a_cache_that_cannot_be_cleared_fails_its_sequence_and_not_the_engine(en
     assert list(one.stream([1], GREEDY)) == expected([1], 20)
 
 
+def test_who_waits_behind_one_whose_slot_cannot_be_made_ready_is_served(engine, monkeypatch):
+    """No step is done for the one that fails, and nobody else will wake the engine."""
+    all_wait = threading.Event()
+    net = FakeNet(before_step=lambda tokens: all_wait.wait(5))
+    one, clear, cleared = engine(net), net.cache.clear, []
+
+    def broken_once(slot, start):
+        cleared.append(slot)
+        if len(cleared) == 2:
+            raise RuntimeError("no memory")
+        clear(slot, start)
+
+    monkeypatch.setattr(net.cache, "clear", broken_once)
+    streams = [one.stream([first], GREEDY) for first in (1, 2, 3)]
+    all_wait.set()
+    wait_until(lambda: streams[2].sequence.done_reason)
+    assert list(streams[2]) == expected([3], 20)
+    with pytest.raises(RefollamaError, match="RuntimeError"):
+        list(streams[1])
+
+
 def test_an_answer_that_is_whole_when_the_engine_closes_ends_well(engine):
     """The last token is drawn in the very step during which `close` comes."""
     inside, release = threading.Event(), threading.Event()
@@ -442,7 +463,8 @@ def test_a_prompt_that_many_have_is_read_once(engine, slots):
     net = FakeNet(before_step=lambda tokens: all_wait.wait(5))
     one = engine(net, slots=slots)
     prompt = list(range(1, 41))
-    options = [GREEDY.updated({"temperature": 60, "seed": seed}) for seed in range(5)]
+    hot = GREEDY.updated({"temperature": 60, "num_batch": 8})  # read in parts: who comes in waits
+    options = [hot.updated({"seed": seed}) for seed in range(5)]
     streams = [one.stream(prompt, each) for each in options]
     all_wait.set()
     answers = [list(stream) for stream in streams]
@@ -459,6 +481,35 @@ def test_who_comes_in_beside_another_shares_what_is_common(engine):
         beside = one.stream([1, 2, 3, 9], GREEDY)
         assert list(beside) == expected([1, 2, 3, 9], 20)
         assert beside.sequence.cached == 3
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_a_shift_has_moved_is_not_taken_for_the_prompt(engine, beside):
+    """Only the kept tokens are where they were, in a slot that is in use as in one that is free."""
+    one = engine(slots=2 if beside else 1)
+    first = one.stream([5, 6, 7, 8], FOREVER.updated({"num_ctx": 12, "num_keep": 1}))
+    for _ in range(30):
+        next(first)
+    if not beside:
+        first.close()
+    again = one.stream([5, 6, 7, 8], GREEDY)
+    assert list(again) == expected([5, 6, 7, 8], 20) and again.sequence.cached == 1
+    first.close()
+
+
+def test_behind_a_copy_nothing_is_left_of_what_the_slot_held(engine):
+    """An infinity that has been left there, times a weight of zero, is not a number."""
+    net = FakeNet(n_ctx=10**6)
+    one = engine(net, slots=2)
+    before = one.stream(range(50, 60), GREEDY)
+    list(before)
+    with one.stream([1, 2, 3, 4, 5], FOREVER) as endless:
+        next(endless)
+        assert endless.sequence.slot != before.sequence.slot
+        net.cache.keys[0][before.sequence.slot, :, 4:29] = torch.inf
+        beside = one.stream([1, 2, 3, 9], GREEDY)
+        assert list(beside) == expected([1, 2, 3, 9], 20) and beside.sequence.cached == 3
+    assert beside.sequence.slot == before.sequence.slot
 
 
 def test_what_was_read_by_another_net_is_not_copied(engine):
@@ -523,6 +574,32 @@ def test_who_has_a_bell_does_not_wait(engine):
         else:
             heard.append(item)
     assert heard == expected([1, 2, 3], 20)
+
+
+class ThreeTokens:
+    """A grammar, and the walk through it: any three tokens."""
+
+    count = 0
+
+    def begin(self):
+        return ThreeTokens()
+
+    @property
+    def complete(self):
+        return self.count == 3
+
+    def allowed(self, logits):
+        return logits
+
+    def step(self, token):
+        self.count += 1
+
+
+def test_what_is_complete_ends_though_the_model_would_go_on(engine):
+    stream = engine().stream([5, 6], GREEDY, Extras(grammar=ThreeTokens()))
+    plain = generate(FakeNet(), [5, 6], GREEDY, grammar=ThreeTokens())
+    assert list(stream) == list(plain) == expected([5, 6], 3)
+    assert stream.sequence.done_reason == "stop"
 
 
 def test_logprobs_of_tokens_that_are_named(engine):
