@@ -41,18 +41,27 @@ def load(
     *,
     slots: int = 1,
     projector: str | Path | None = None,
+    vision_blocks: int | None = None,
     told: Callable[[int, int], object] = lambda done, total: None,
 ) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store, ready to answer.
 
     `options` become its defaults; `slots` is how many answers are written side by side;
-    `projector` is the file with a vision model's eyes; `told` is called with the bytes that have
-    found their place, and those that there are.
+    `projector` is the file with a vision model's eyes, and `vision_blocks` how many blocks of its
+    tower are run (none given: all; −1: as llama.cpp does, all but the last); `told` is called with
+    the bytes that have found their place, and those that there are.
     Raises: ModelNotFound, BadOption, FormatError, UnsupportedModel.
     """
     from refollama import loaded  # brings torch
 
-    return loaded.load(model, options, slots=slots, projector=projector, told=told)
+    return loaded.load(
+        model,
+        options,
+        slots=slots,
+        projector=projector,
+        vision_blocks=vision_blocks,
+        told=told,
+    )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -36,8 +36,7 @@ from refollama import overview, reach, terminal
 from refollama.errors import BadRequest, NotFound, RefollamaError
 from refollama.host import base_url, listen_address, on_this_machine
 from refollama.options import Options, from_text
-from refollama.paths import is_path
-from refollama.version import __version__
+from refollama.paths import is_path, lies_here
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -67,6 +66,7 @@ ENVIRONMENT = {
     "OLLAMA_REGISTRY_USERNAME": "who the server is to that registry",
     "OLLAMA_REGISTRY_PASSWORD": "and the password",
     "REFOLLAMA_MAX_BODY": "the largest request that the server reads, in MiB: 64",
+    "REFOLLAMA_VISION": "llama.cpp = run a block less of a vision model's tower, as that does",
 }
 LOGIN_ENVIRONMENT = [name for name in ENVIRONMENT if name.startswith("OLLAMA_REGISTRY_")]
 SERVER_ENVIRONMENT = [name for name in ENVIRONMENT if name != "OLLAMA_NOHISTORY"]
@@ -138,6 +138,16 @@ def _complete_models(
     ]
 
 
+def _tell_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    version, warning = reach.version()
+    click.echo(f"refollama version is {version}")
+    if warning:
+        click.echo(f"Warning: {warning}", err=True)
+    ctx.exit()
+
+
 # --- the commands ----------------------------------------------------------------------------
 
 
@@ -152,7 +162,15 @@ def _complete_models(
         environment=list(ENVIRONMENT),
     ),
 )
-@click.version_option(__version__, "-v", "--version", message="refollama version is %(version)s")
+@click.option(
+    "-v",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_tell_version,
+    help="Show the server's version, and whether ours is another one.",
+)
 def cli() -> None:
     """Run large language models on this machine: Ollama, rebuilt in readable Python."""
 
@@ -351,7 +369,8 @@ def pull(model: str, name: str | None, insecure: bool) -> None:
     """
     from refollama import transfer
 
-    found = transfer.on_disk(Path(model).expanduser(), name) if _is_file(model) else None
+    is_file = is_path(model) or model.endswith("/") or lies_here(model)
+    found = transfer.on_disk(Path(model).expanduser(), name) if is_file else None
     if found is None and name is not None:
         raise click.UsageError("a second name is for a model from disk only")
     with reach.server() as client:
@@ -391,15 +410,17 @@ def push(model: str, insecure: bool) -> None:
 @click.argument("host")
 @click.option("-u", "--username", help="Who you are there; else you are asked.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
-def login(host: str, username: str | None, password_stdin: bool) -> None:
-    """Keep user and password for a registry.
+@click.option("--insecure", is_flag=True, help="Try them by http, without encryption.")
+def login(host: str, username: str | None, password_stdin: bool, insecure: bool) -> None:
+    """Try user and password at a registry, and keep them.
 
-    They are kept in ~/.ollama, for the server of this user.
+    They are kept in ~/.ollama, for the server of this user; also if the registry cannot be reached
+    now, but not if it refuses them.
     """
     from refollama import transfer
 
     host = transfer.login_host(host)
-    transfer.login(host, *_credentials(username, password_stdin))
+    transfer.login(host, *_credentials(username, password_stdin), insecure)
     click.echo(f"the login for '{host}' is kept; the next pull or push uses it")
 
 
@@ -491,15 +512,6 @@ def _near() -> bool:
 
 
 # --- create, pull, login ---------------------------------------------------------------------
-
-
-def _is_file(model: str) -> bool:
-    """Does it name a file or folder, and no model?"""
-    return is_path(model) or model.endswith("/") or _lies_here(model)
-
-
-def _lies_here(model: str) -> bool:
-    return model.endswith(".gguf") and os.path.isfile(model)
 
 
 def _credentials(username: str | None, password_stdin: bool) -> tuple[str, str]:
@@ -596,7 +608,7 @@ def _prompt_line() -> PromptLine:
 
 def _model(name: str) -> str:
     """A name as it is; a path made absolute, since the server stands in another folder."""
-    if not is_path(name) and not _lies_here(name):
+    if not is_path(name) and not lies_here(name):
         return name
     path = os.path.abspath(os.path.expanduser(name))
     if not os.path.isfile(path):

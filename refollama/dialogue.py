@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # they bring torch along
     from refollama.engine.sequence import Extras
     from refollama.options import Options
 
+MOST_PICTURES = 128  # in one request: each takes a megabyte or two until it has been looked at
 THINK_LEVELS = ("high", "medium", "low", "max")
 
 Chunks = Generator[Chunk, None, None]
@@ -179,17 +180,25 @@ def _looked(
     if reader.look is None:
         check_no_images(messages)
         return tuple(messages), ()
+    if (count := sum(len(message.images) for message in messages)) > MOST_PICTURES:
+        raise BadRequest(f"{count} images: at most {MOST_PICTURES} are looked at in one request")
     marked: list[Message] = []
     pictures: list[Seen] = []
     for at, message in enumerate(messages):
-        owner = place.format(at)
-        with _named(f"{owner}: " if owner else ""):
-            content = marks.placed(message.content, len(message.images), len(pictures))
-        for number, file in enumerate(message.images):
-            with _named(f"{owner}.images[{number}]: ".lstrip(".")):
-                pictures.append(reader.look(file))
+        found = _pictures(message, place.format(at), reader.look)
+        with _named(place.format(at)):
+            content = marks.placed(message.content, len(found), len(pictures))
         marked.append(replace(message, content=content, images=()))
+        pictures += found
     return tuple(marked), tuple(pictures)
+
+
+def _pictures(message: Message, place: str, look: Callable[[bytes], Seen]) -> list[Seen]:
+    found = []
+    for number, file in enumerate(message.images):
+        with _named(f"{place}.images[{number}]".lstrip(".")):
+            found.append(look(file))
+    return found
 
 
 def check_no_images(messages: Iterable[Message | Generate]) -> None:
@@ -200,11 +209,11 @@ def check_no_images(messages: Iterable[Message | Generate]) -> None:
 
 @contextmanager
 def _named(place: str) -> Iterator[None]:
-    """What is wrong is said with its place in the request."""
+    """What is wrong is said with its place in the request, if that has a name."""
     try:
         yield
     except BadRequest as error:
-        raise BadRequest(f"{place}{error}") from None
+        raise BadRequest(f"{place}: {error}" if place else str(error)) from None
 
 
 def opened(script: Script, messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -69,8 +69,8 @@ class PromptTooLong(BadRequest):
 
     def __init__(self, tokens: int | str, room: int) -> None:
         super().__init__(
-            f"the prompt has {tokens} tokens, but the context holds {room}: "
-            "shorten the prompt or raise num_ctx"
+            f"the prompt is longer than the context length: it has {tokens} tokens, the context "
+            f"{room}; shorten the prompt or raise num_ctx"
         )
 
 

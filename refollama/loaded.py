@@ -36,7 +36,6 @@ from refollama.dialogue import (
 )
 from refollama.engine import limits
 from refollama.engine.engine import Engine, Stream
-from refollama.engine.net import state
 from refollama.engine.pool import Pool
 from refollama.engine.sequence import NO_EXTRAS, Extras, Marks, never
 from refollama.errors import (
@@ -45,11 +44,13 @@ from refollama.errors import (
     BadRequest,
     FormatError,
     NotFound,
+    PromptTooLong,
     Stopping,
     UnsupportedModel,
 )
+from refollama.fable.bundled import stock
 from refollama.kvcache import CPU
-from refollama.messages import Chat, Chunk, Message
+from refollama.messages import Chat, Chunk, Message, Reached
 from refollama.models.exact import warn_if_not_exact
 from refollama.models.llama import Llama
 from refollama.models.llava import Llava, Picture
@@ -62,6 +63,7 @@ from refollama.pictures import Seen, file_of
 from refollama.sampling.chain import Grammar, Watch
 from refollama.sampling.grammar import JsonGrammar, Spellings, source
 from refollama.several import check_count, several
+from refollama.sight import Sight, looking
 from refollama.store import ModelFiles, Name, Store
 from refollama.telling import Telling, stats, token_ids
 from refollama.text import marks, tokenizer_from
@@ -136,7 +138,7 @@ class LoadedModel:
     ) -> None:
         self._engines = Pool(_maker(self))
         self._reading = threading.Lock()  # a text that is embedded has a cache to itself: one only
-        self._eyes: object = None  # what they were when the pictures were looked at
+        self._sight = Sight()
         self._slots = slots
         self.net = net
         self.tokenizer = tokenizer
@@ -196,7 +198,8 @@ class LoadedModel:
             raise BadRequest(f"logprobs must be a number of alternatives, not {logprobs}")
         if logprobs is None or isinstance(logprobs, int):
             return Extras(logprobs=logprobs)
-        return Extras(logprobs=0, named=token_ids(self.tokenizer, logprobs))
+        named = [logprobs] if isinstance(logprobs, str) else logprobs  # not its characters
+        return Extras(logprobs=0, named=token_ids(self.tokenizer, named))
 
     @overload
     def chat(
@@ -256,22 +259,23 @@ class LoadedModel:
         with closing(converse(self, prompt, options, extras)) as chunks:
             yield from chunks
 
-    def reader(self, options: Options, context: Sequence[int] = ()) -> Reader:
-        """What `dialogue` needs to know of this model, after the tokens of `context`."""
+    def reader(
+        self, options: Options, context: Sequence[int] = (), gone: Callable[[], bool] = never
+    ) -> Reader:
+        """What `dialogue` needs to know of this model, after the tokens of `context`.
+
+        gone: asked before each picture; then looking at it raises Abandoned.
+        """
         tokens = partial(self.tokens, context=context, options=options)
         room = limits.context(options, self.net.n_ctx)
         check = partial(self._check_length, options=options)
-        look = self._picture if isinstance(self.net, Llava) else None
+        look = partial(self._picture, gone=gone) if isinstance(self.net, Llava) else None
         return Reader(self.tokenizer, tokens, room, bool(context), check, look)
 
-    def _picture(self, file: bytes) -> Picture:
-        """What the net knows a picture as; if its eyes are not what they were, it looks anew."""
+    def _picture(self, file: bytes, gone: Callable[[], bool]) -> Picture:
+        self._check_wanted(gone)  # decoding may take a second or two
         assert isinstance(self.net, Llava)
-        eyes = state(self.net.v), state(self.net.mm)
-        if None in eyes or eyes != self._eyes:
-            self.net.gallery.forget()
-        self._eyes = eyes
-        return self.net.picture(file)
+        return self._sight.picture(self.net, file)
 
     def _ask(
         self,
@@ -384,10 +388,7 @@ class LoadedModel:
         found = []
         with self._reading:
             for part in _states(CacheKind.of(options, self.net).turned(self.net), ids):
-                if self._engines.closed:
-                    raise Stopping("the model has been unloaded")
-                if gone():
-                    raise Abandoned("whoever asked has gone")
+                self._check_wanted(gone)
                 found.append(part)
         return pool(torch.cat(found), self.net.config.pooling)
 
@@ -422,8 +423,9 @@ class LoadedModel:
 
     def _check_length(self, characters: int, options: Options) -> None:
         """Raises: PromptTooLong for a text that would fill the context a hundred times."""
-        room = MOST_CONTEXTS * limits.context(options, self.net.n_ctx)
-        limits.check(characters // self.tokenizer.longest, room, "at least ")
+        room, fewest = limits.context(options, self.net.n_ctx), characters // self.tokenizer.longest
+        if fewest > MOST_CONTEXTS * room:
+            raise PromptTooLong(f"at least {fewest}", room)
 
     def grammar(self, format: object) -> Grammar | None:
         """From the `format` of a request to what the engine takes: `Extras(grammar=…)`.
@@ -450,6 +452,10 @@ class LoadedModel:
         Raises: BadOption, PromptTooLong, and all that `Engine.stream` raises.
         """
         start = time.perf_counter_ns()
+        for reached in self._looking(tokens, options, extras):
+            if extras.progress:
+                yield Chunk(progress=reached)
+        looked = time.perf_counter_ns() - start
         with self.start(tokens, options, extras) as ids:
             telling = Telling(self.tokenizer, ids.sequence, options.stop, extras)
             for item in ids.items():
@@ -463,7 +469,7 @@ class LoadedModel:
         yield Chunk(
             done=True,
             done_reason=telling.done_reason(),
-            stats=stats(ids.sequence, start, drawn),
+            stats=stats(ids.sequence, start, drawn, looked),
             context=telling.context(),
             logprobs=telling.noted(drawn if cut else drawn + 1),  # the end token has one, too
         )
@@ -471,19 +477,28 @@ class LoadedModel:
     def start(self, tokens: Sequence[int], options: Options, extras: Extras = NO_EXTRAS) -> Stream:
         """Ids of a prompt → ids of an answer, through the engine.  Closing it is cancelling.
 
-        Raises: BadRequest, BadOption, Stopping once the model is closed, and all that
+        Raises: BadRequest, BadOption, Stopping once the model is closed, Abandoned, and all that
         `Engine.stream` raises.
         """
         self._check_gqa(options)
         ids = self._checked(tokens, extras.pictures)
-        for picture in extras.pictures:
-            self._look(picture)
+        for _ in self._looking(tokens, options, extras):
+            pass
         kind = (CacheKind.of(options, self.net), *self.net.children())  # a swapped part is another
         return self._engines.stream(kind, ids, options, extras)
 
-    def _look(self, picture: Seen) -> None:
-        assert isinstance(self.net, Llava) and isinstance(picture, Picture)
-        self.net.look(picture)
+    def _looking(
+        self, tokens: Sequence[int], options: Options, extras: Extras
+    ) -> Iterator[Reached]:
+        check = partial(self._check_wanted, extras.gone)
+        return looking(self.net, tokens, options, extras, self._marks().bos, check)
+
+    def _check_wanted(self, gone: Callable[[], bool]) -> None:
+        """Raises: Stopping, Abandoned."""
+        if self._engines.closed:
+            raise Stopping("the model has been unloaded")
+        if gone():
+            raise Abandoned("whoever asked has gone")
 
     def forget(self) -> None:
         """Let no later prompt find its beginning in the cache, nor what is being read now.
@@ -492,7 +507,7 @@ class LoadedModel:
         this after changing it in any other way (`weight.data`, numpy, another `forward`).
         """
         self._engines.forget()
-        self._eyes = None
+        self._sight.forget()
 
     @property
     def active(self) -> int:
@@ -553,9 +568,9 @@ class LoadedModel:
 
     def _checked(self, tokens: Sequence[int], pictures: Sequence[Seen] = ()) -> list[int]:
         ids = [int(token) for token in tokens]
+        seen = {id for picture in pictures for id in picture.ids}
         for token in ids:
-            known = any(token in picture.ids for picture in pictures)
-            if not 0 <= token < self.net.n_vocab and not known:
+            if not 0 <= token < self.net.n_vocab and token not in seen:
                 raise BadRequest(
                     f"token id {token} is not in the vocabulary: 0 … {self.net.n_vocab - 1}"
                 )
@@ -606,6 +621,7 @@ def load(
     *,
     slots: int = 1,
     projector: str | Path | None = None,
+    vision_blocks: int | None = None,
     told: Told = unheard,
 ) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store.
@@ -613,6 +629,8 @@ def load(
     A text is taken for a file if one lies there, else for a name. `options` become its defaults,
     over those of its Modelfile; those about loading (`num_gpu`, `use_mmap`, …) count only here.
     projector: the file with a vision model's eyes ("mmproj"); a model in the store has its own.
+    vision_blocks: so many blocks of its tower are run, in place of what the file says (all that it
+    holds, as LLaVA was trained); −1: all but the last, which is what llama.cpp runs.
     told: is called with the bytes that have found their place, and those that there are.
     Raises: NotFound, BadName, BadOption, FormatError, UnsupportedModel.
     """
@@ -621,12 +639,16 @@ def load(
     if not path.is_file():
         if isinstance(model, Path) or path.suffix == ".gguf":
             raise NotFound(f"{model}: there is no such file")
-        files = runnable(Store.default().resolve(Name.parse(str(model))))
+        store = Store.default()
+        stock(store, str(model))
+        files = runnable(store.resolve(Name.parse(str(model))))
         path, chosen = files.weights, chosen.updated(files.parameters)
         projector = projector or next(iter(files.projectors), None)
     chosen = chosen.updated(options or {})
     eyes = None if projector is None else Path(projector).expanduser()
-    llm = load_file(path, chosen, slots=slots, projector=eyes, told=told)
+    llm = load_file(
+        path, chosen, slots=slots, projector=eyes, vision_blocks=vision_blocks, told=told
+    )
     llm.script = llm.script if files is None else scripted(llm.script, files)
     return llm
 
@@ -637,17 +659,18 @@ def load_file(
     *,
     slots: int = 1,
     projector: Path | None = None,
+    vision_blocks: int | None = None,
     told: Told = unheard,
 ) -> LoadedModel:
-    """A GGUF file as a model that can answer; `projector` and `told` as in `load`.
+    """A GGUF file as a model that can answer; what is behind the options is as in `load`.
 
-    Raises: NotFound, FormatError, UnsupportedModel.
+    Raises: NotFound, BadOption, FormatError, UnsupportedModel.
     """
     file, wanted = open_gguf(path), Placement.of(options)
     sight = None if projector is None else open_gguf(projector)
     infos = (info for one in (file, sight) if one for info in one.tensors.values())
     meter = Meter(sum(info.nbytes for info in infos) * (1 + passes(wanted)), told)
-    eyes = None if sight is None else load_eyes(sight, meter.add)
+    eyes = None if sight is None else load_eyes(sight, meter.add, vision_blocks)
     try:
         tokenizer = tokenizer_from(file.metadata)
         net = load_net(file, meter.add, eyes)
@@ -660,7 +683,7 @@ def load_file(
             f"{path.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"but token_embd.weight has {net.n_vocab} rows; expected as many"
         )
-    place(net, path, wanted, meter.add)
+    place(net, path, wanted, meter.add, projector)
     meter.finish()
     warn_if_not_exact()
     script = script_from(file.metadata)

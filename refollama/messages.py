@@ -182,7 +182,7 @@ class Rendered:
 class Reached:
     """How far work has come that goes before an answer."""
 
-    stage: str  # "load" (units: bytes of weights), or "prompt" (units: tokens)
+    stage: str  # "load" (units: bytes of weights), "images", or "prompt" (units: tokens)
     completed: int
     total: int
 

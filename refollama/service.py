@@ -18,6 +18,7 @@ from refollama import keep_alive
 from refollama.create import create
 from refollama.dialogue import (
     Prompt,
+    Reader,
     chat_prompt,
     check_messages,
     check_no_images,
@@ -38,6 +39,7 @@ from refollama.errors import (
     ServerBusy,
     Stopping,
 )
+from refollama.fable.bundled import stock
 from refollama.loaded import DEFAULTS, Chunks, LoadedModel, runnable
 from refollama.messages import (
     Chat,
@@ -133,7 +135,9 @@ class Service:
     def default(cls, *, local_files: bool) -> Service:
         """As the environment says: OLLAMA_MODELS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, …"""
         loaded = LoadedModels(
-            limit=_count("OLLAMA_MAX_LOADED_MODELS", 1), slots=_count("OLLAMA_NUM_PARALLEL", 1)
+            limit=_count("OLLAMA_MAX_LOADED_MODELS", 1),
+            slots=_count("OLLAMA_NUM_PARALLEL", 1),
+            vision_blocks=_vision_blocks(),
         )
         return cls(
             Store.default(),
@@ -165,6 +169,8 @@ class Service:
         try:
             return create(self.store, ask, local_files=self.local_files)
         except ModelNotFound as missing:
+            if stock(self.store, missing.name):
+                return self.create(ask, gone)
             return self._pulled_first(ask, missing.name, gone)
 
     def _pulled_first(self, ask: Create, parent: str, gone: Gone) -> Transfer:
@@ -211,6 +217,7 @@ class Service:
     def show(self, ask: Show) -> Shown:
         """All about a model.  Raises: BadRequest and its kin, NotFound, FormatError."""
         _named(ask.model)
+        stock(self.store, ask.model)
         with _as_sent(ask.model):
             return show(self.store, ask)
 
@@ -219,6 +226,7 @@ class Service:
         if not source or not destination:
             raise BadRequest("source add destination are required")  # sic: Ollama's own words
         names = Name.parse(source), Name.parse(destination)
+        stock(self.store, source)
         with _as_sent(source):
             self.store.copy(*names)
 
@@ -301,7 +309,7 @@ class Service:
             if empty:
                 yield Chunk(done=True, done_reason="load")
                 return
-            prompt = _prompt(model, files, ask, options)
+            prompt = _prompt(model, files, ask, model.reader(options, _context(ask), gone))
             if ask.debug_render_only:
                 yield Chunk(done=True, rendered=_rendered(prompt))
                 return
@@ -408,6 +416,7 @@ class Service:
         """
         if is_path(model):
             return self._find_file(model)
+        stock(self.store, model)
         with _as_sent(model):
             files = runnable(self.store.resolve(Name.parse(model)))
         return Runnable(files.weights, files, files.parameters, name=str(files.name))
@@ -476,12 +485,16 @@ def _check_raw(ask: Generate) -> None:
         raise BadRequest("raw mode does not support suffix")
 
 
-def _prompt(model: LoadedModel, files: Runnable, ask: Generate | Chat, options: Options) -> Prompt:
+def _context(ask: Generate | Chat) -> Sequence[int]:
+    return () if isinstance(ask, Chat) else ask.context
+
+
+def _prompt(model: LoadedModel, files: Runnable, ask: Generate | Chat, reader: Reader) -> Prompt:
     """The prompt as the model will see it, and what to look for in the answer."""
     script = scripted(model.script, files.files) if files.files else model.script
     if isinstance(ask, Chat):
-        return chat_prompt(script, ask, model.reader(options))
-    return generate_prompt(script, ask, model.reader(options, ask.context))
+        return chat_prompt(script, ask, reader)
+    return generate_prompt(script, ask, reader)
 
 
 def _extras(model: LoadedModel, ask: Generate | Chat, gone: Gone) -> Extras:
@@ -520,6 +533,14 @@ def _with_ends(words: Tokenizer, text: list[Span]) -> list[Span]:
     around = words.around([middle])
     before, behind = around[: around.index(middle)], around[around.index(middle) + 1 :]
     return [*(Span(id, 0, 0) for id in before), *text, *(Span(id, end, end) for id in behind)]
+
+
+def _vision_blocks() -> int | None:
+    """How much of a vision tower is run: as its file says, or as llama.cpp does it."""
+    text = os.environ.get("REFOLLAMA_VISION", "").strip()
+    if text not in ("", "llama.cpp"):
+        raise BadRequest(f"REFOLLAMA_VISION must be empty or 'llama.cpp', not {text!r}")
+    return -1 if text else None
 
 
 def _count(variable: str, default: int) -> int:

@@ -53,17 +53,16 @@ def several(start: Start, options: Options, extras: Extras, count: int) -> Chunk
 
 def _told(start: Start, options: Sequence[Options], extras: Extras) -> Chunks:
     assert extras.bell is not None
-    quiet = replace(extras, progress=False)  # the first one's is everybody's
     ends: dict[int, Chunk] = {}
     began = 0
     with ExitStack() as opened:
-        first, *others = options
-        answers = [start(first, extras), *(start(each, quiet) for each in others)]
+        answers = [start(each, extras) for each in options]
         for chunks in answers:
             opened.enter_context(closing(chunks))
         for index, chunk in _as_they_come(answers, extras.bell):
             if chunk.progress is not None:
-                yield chunk
+                if index == 0:  # the first one's is everybody's
+                    yield chunk
                 continue
             began = began or time.perf_counter_ns()
             if chunk.done:

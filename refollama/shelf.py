@@ -74,9 +74,10 @@ class LoadedModels:
     unless their options place it differently in memory (`num_gpu`, `use_mmap`, …).
     """
 
-    def __init__(self, *, limit: int = 1, slots: int = 1) -> None:
+    def __init__(self, *, limit: int = 1, slots: int = 1, vision_blocks: int | None = None) -> None:
         self.limit = limit
         self.slots = slots
+        self.vision_blocks = vision_blocks  # as in `load`
         self._entries: dict[_Key, _Entry] = {}
         self._leaving: set[_Entry] = set()  # off the shelf, but still in memory: they take a place
         self._queue: deque[object] = deque()  # a ticket for each request that is not yet admitted
@@ -104,7 +105,13 @@ class LoadedModels:
         """
         files = Files.of(source)
         key = (files.state, Placement.of(options))
-        load = partial(load_file, files.weights, options, projector=files.projector)
+        load = partial(
+            load_file,
+            files.weights,
+            options,
+            projector=files.projector,
+            vision_blocks=self.vision_blocks,
+        )
         entry = self._admitted(key, gone)
         entry.use = Use(name or files.weights.name, options, keep)
         try:

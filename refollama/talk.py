@@ -11,6 +11,7 @@ An answer that failed or was stopped leaves no trace in what is remembered.
 from __future__ import annotations
 
 import base64
+import os
 import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -164,7 +165,7 @@ class Memory(Protocol):
     def ask(self, client: Client, ask: Ask, text: str, images: list[str] | None) -> Records:
         """The answer to a message, given all that was said before."""
 
-    def keep(self, text: str, told: Told) -> None:
+    def keep(self, text: str, images: list[str] | None, told: Told) -> None:
         """Remember a message that was answered."""
 
     def messages(self) -> list[Record]:
@@ -183,15 +184,14 @@ class Messages:
     def ask(self, client: Client, ask: Ask, text: str, images: list[str] | None) -> Records:
         """Through /api/chat."""
         system = [{"role": "system", "content": ask.system}] if ask.system else []
-        message = {"role": "user", "content": text, **({"images": images} if images else {})}
-        return client.chat(ask.model, [*system, *self._turns, message], **ask.fields())
+        return client.chat(ask.model, [*system, *self._turns, _user(text, images)], **ask.fields())
 
-    def keep(self, text: str, told: Told) -> None:
-        """Both sides, with what was thought."""
+    def keep(self, text: str, images: list[str] | None, told: Told) -> None:
+        """Both sides, with what was shown and thought."""
         answer = {"role": "assistant", "content": told.text}
         if told.thinking:
             answer["thinking"] = told.thinking
-        self._turns += [{"role": "user", "content": text}, answer]
+        self._turns += [_user(text, images), answer]
 
     def messages(self) -> list[Record]:
         """As they were sent, without images, which no model file can hold."""
@@ -207,15 +207,17 @@ class Context:
 
     def __init__(self) -> None:
         self._ids: list[int] | None = None
+        self._images: list[str] | None = None  # the last ones: no ids stand for pictures
         self._said: list[Record] = []
 
     def ask(self, client: Client, ask: Ask, text: str, images: list[str] | None) -> Records:
         """Through /api/generate."""
+        images = images or self._images
         return _generate(client, ask, text, context=self._ids, images=images)
 
-    def keep(self, text: str, told: Told) -> None:
-        """The ids."""
-        self._ids = told.final.get("context")
+    def keep(self, text: str, images: list[str] | None, told: Told) -> None:
+        """The ids, and the pictures."""
+        self._ids, self._images = told.final.get("context"), images or self._images
         self._said += [
             {"role": "user", "content": text},
             {"role": "assistant", "content": told.text},
@@ -227,7 +229,11 @@ class Context:
 
     def clear(self) -> None:
         """No ids."""
-        self._ids, self._said = None, []
+        self._ids, self._images, self._said = None, None, []
+
+
+def _user(text: str, images: list[str] | None) -> Record:
+    return {"role": "user", "content": text, **({"images": images} if images else {})}
 
 
 def begin(client: Client, ask: Ask) -> Memory:
@@ -258,8 +264,9 @@ def look(client: Client, model: str, verbose: bool = False) -> Record:
 # --- images ----------------------------------------------------------------------------------
 
 # A path that says so by its beginning, up to the nearest ending of an image; spaces are allowed.
+# One may begin inside another: in "and/or ./cat.png" it is the second that is a file.
 _IMAGE = re.compile(
-    r"(?:\./|~/|/)(?:\\.|[^\\\n])*?\.(?:jpe?g|png|webp|gif|bmp|svg)\b", re.IGNORECASE
+    r"(?=((?:\./|~/|/)(?:\\.|[^\\\n])*?\.(?:jpe?g|png|webp|gif|bmp|svg)\b))", re.IGNORECASE
 )
 
 
@@ -268,7 +275,7 @@ def see(client: Client, ask: Ask, text: str) -> tuple[str, list[str] | None]:
 
     A model without vision gets the text as it is, and the user is told.
     """
-    paths = {name: path for name in _IMAGE.findall(text) if (path := _path(name)).is_file()}
+    paths = _pictures(text)
     if not paths:
         return text, None
     if not _has_vision(client, ask.model):
@@ -276,9 +283,21 @@ def see(client: Client, ask: Ask, text: str) -> tuple[str, list[str] | None]:
         return text, None
     for name in paths:
         terminal.note(f"added image '{name}'")
-        text = text.replace(name, "")
+        for quote in ("'", '"', ""):
+            text = text.replace(f"{quote}{name}{quote}", "")
     images = [base64.b64encode(path.read_bytes()).decode() for path in paths.values()]
     return text.strip(), images
+
+
+def _pictures(text: str) -> dict[str, Path]:
+    """The paths in a text that lead to a file, as they are written there."""
+    found, end = {}, 0
+    for match in _IMAGE.finditer(text):
+        path = _path(match[1])
+        if match.start() >= end and os.path.isfile(path):
+            found[match[1]] = path
+            end = match.end(1)
+    return found
 
 
 def _path(name: str) -> Path:
@@ -334,7 +353,7 @@ class Talk:
     def _turn(self, message: str) -> None:
         text, images = see(self._client, self._ask, message)
         told = tell(self._memory.ask(self._client, self._ask, text, images), self._ask)
-        self._memory.keep(text, told)
+        self._memory.keep(text, images, told)
         print("\n", flush=True)
         show_statistics(self._ask, told)
 

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
 
 Record = dict[str, Any]
 
@@ -168,6 +168,13 @@ def until_first(records: Iterable[Record], text: str) -> Iterator[Record]:
         yield from records
 
 
+_STAGES = {  # what is shown of each, and what is counted; bytes, if nothing is said
+    "load": ("loading", ""),
+    "images": ("looking at the pictures", "pictures"),
+    "prompt": ("reading the prompt", "tokens"),
+}
+
+
 class _Waiting:
     """A spinner; from what is told of a stage later than LONG after its beginning, a bar instead.
 
@@ -211,9 +218,9 @@ class _Waiting:
         if reached["completed"] >= reached["total"] or not sys.stderr.isatty():
             return
         self.close()
-        display = self._shown.enter_context(_bars(tokens=self._stage == "prompt"))
-        named = {"load": "loading", "prompt": "reading the prompt"}
-        task = display.add_task(named.get(self._stage, self._text), total=reached["total"])
+        text, unit = _STAGES.get(self._stage, (self._text, ""))
+        display = self._shown.enter_context(_bars(unit))
+        task = display.add_task(text, total=reached["total"])
         self._bar = display, task
 
 
@@ -241,6 +248,8 @@ class _Layers:
     def show(self, record: Record) -> None:
         """The next record."""
         status = str(record.get("status", ""))
+        if status == "starting upload":  # the next record says of what
+            return
         if record.get("total"):
             self._layer(status, record)
         elif status != self._status:
@@ -294,8 +303,10 @@ class _Layers:
             console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _bars(*, tokens: bool = False) -> Progress:
+def _bars(unit: str = "") -> Progress:
     """Bars that say how much, how fast and how much longer, and go at the end.
+
+    unit: of what is counted, if that is no bytes.
 
     A narrow terminal gets the numbers without the picture.
     """
@@ -305,15 +316,27 @@ def _bars(*, tokens: bool = False) -> Progress:
     console = Console(stderr=True)
     picture = [progress.BarColumn(bar_width=None)] if console.width >= ROOM_FOR_A_BAR else []
     bytes = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
-    counted = [progress.TextColumn("{task.completed}/{task.total} tokens")]
+    counted = [progress.TextColumn("{task.completed}/{task.total} " + unit)]
     columns = (
         progress.TextColumn("{task.description}", markup=False),
-        progress.TextColumn("{task.percentage:>3.0f}%"),
+        _percent(),
         *picture,
-        *(counted if tokens else bytes),
+        *(counted if unit else bytes),
         progress.TimeRemainingColumn(compact=True),
     )
     return progress.Progress(*columns, console=console, transient=True, expand=True)
+
+
+def _percent() -> ProgressColumn:
+    """Rounded down: who reads 100% has all of it."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Percent(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{math.floor(task.percentage):>3}%")
+
+    return Percent()
 
 
 @contextmanager

@@ -133,7 +133,11 @@ class FakeServer:
 
     def _push(self, _: dict[str, Any]) -> Response:
         layer = {"status": f"pushing {'ab' * 6}", "digest": LAYER, "total": 4_000_000}
-        moves = [layer, {**layer, "completed": 4_000_000}]
+        moves = [
+            {**layer, "status": "starting upload"},
+            layer,
+            {**layer, "completed": 4_000_000},
+        ]
         end = [{"status": "pushing manifest"}, {"status": "success"}]
         return many([{"status": "retrieving manifest"}, *moves, *end])
 

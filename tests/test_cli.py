@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 from refollama import private_server, terminal
 from refollama.cli import cli
 from refollama.client import Client
+from refollama.version import __version__
 from tests import fake_server
 from tests.fake_server import SHOW, FakeServer, many, one
 from tests.test_client import refused_port
@@ -114,8 +115,26 @@ def test_help_is_a_command_too():
     assert [first, *others] == refollama("run", "--help").stdout.splitlines()
 
 
-def test_version():
-    assert refollama("--version").stdout.startswith("refollama version is ")
+@pytest.mark.parametrize("flag", ["--version", "-v"])
+@pytest.mark.parametrize(
+    ("running", "warning"), [("0.0.7", f"client version is {__version__}"), (__version__, None)]
+)
+def test_the_version_is_the_servers(server, flag, running, warning):
+    server.script["version"] = one({"version": running})
+    result = refollama(flag)
+    assert (result.exit_code, result.stdout) == (0, f"refollama version is {running}\n")
+    assert result.stderr == (f"Warning: {warning}\n" if warning else "")
+
+
+def test_the_version_is_ours_where_no_server_tells_its_own(nobody, monkeypatch):
+    own = f"refollama version is {__version__}\n"
+    result = refollama("--version")
+    assert (result.exit_code, result.stdout) == (0, own)
+    assert result.stderr == "Warning: could not connect to a running refollama instance\n"
+    monkeypatch.setenv("OLLAMA_HOST", "localhost:99999x")
+    result = refollama("--version")
+    assert (result.exit_code, result.stdout) == (0, own)
+    assert result.stderr.startswith("Warning: ") and "99999x" in result.stderr
 
 
 @pytest.mark.parametrize(

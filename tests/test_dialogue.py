@@ -270,7 +270,7 @@ def test_texts_that_are_far_too_much_are_not_guarded_first():
     assert sorted(text[:1] for text in guarded if text) == ["a", "b"]
     guarded.clear()
     other = (user("a" * 60), Message("assistant", "b"), user("c" * 60))
-    with pytest.raises(PromptTooLong, match="the prompt has at least 1000 tokens"):
+    with pytest.raises(PromptTooLong, match="it has at least 1000 tokens"):
         chat_prompt(Script(template=SHOW), Chat("m", other), slow)
     assert "c" * 60 not in guarded
     tools = [{"type": "function", "function": {"name": "f", "description": "d" * 101}}]

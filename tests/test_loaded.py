@@ -27,6 +27,8 @@ from refollama.errors import (
 )
 from refollama.loaded import load_file
 from refollama.options import Options
+from refollama.telling import token_ids
+from refollama.text import tokenizer_from
 from refollama.weights.gguf import open_gguf
 from tests.tiny import TOKENS, write_model
 
@@ -365,7 +367,7 @@ def test_a_flood_is_refused_before_any_work_with_the_sentence_that_is_said_after
             refuse()
         said.append(str(refused.value))
     assert set(said) == {
-        "the prompt has at least 801 tokens, but the context holds 800: "
+        "the prompt is longer than the context length: it has at least 801 tokens, the context 8; "
         "shorten the prompt or raise num_ctx"
     }
 
@@ -390,6 +392,31 @@ def test_likely_tokens_are_named_by_text_or_id(llm):
     he = TOKENS.index("he")
     assert [each.id for each in one.named] == [he, 5] and one.top == ()
     assert [each.logprob for each in one.named] == pytest.approx(likely[[he, 5]].tolist(), abs=1e-4)
+    (alone,) = llm.generate("the", exact, logprobs="he").record.logprobs
+    assert alone.named == one.named[:1]
     for wrong in ("hehe", "", "é", len(TOKENS), -1):
         with pytest.raises(BadRequest, match="is not one token|not in the vocabulary"):
             llm.generate("the", exact, logprobs=[wrong])
+
+
+WITHOUT_BYTES = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a"],
+    "tokenizer.ggml.scores": [0.0] * 4,
+    "tokenizer.ggml.token_type": [2, 3, 3, 1],
+}
+WITH_ONE_BYTE = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["a", "\u00c3"],  # the first half of é
+    "tokenizer.ggml.merges": [],
+}
+
+
+@pytest.mark.parametrize("vocabulary", [WITHOUT_BYTES, WITH_ONE_BYTE])
+@pytest.mark.parametrize("text", ["é", "aé", "éa", "\ud800"])
+def test_a_text_is_not_named_by_the_token_that_it_becomes(vocabulary, text):
+    """What a vocabulary cannot write becomes <unk>, or gets lost: one token, of another text."""
+    words = tokenizer_from(vocabulary)
+    assert token_ids(words, ["a"]) == (vocabulary["tokenizer.ggml.tokens"].index("a"),)
+    with pytest.raises(BadRequest, match="is not one token"):
+        token_ids(words, [text])

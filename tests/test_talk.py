@@ -376,6 +376,39 @@ def test_one_prompt_can_hold_an_image_too(server, cat, capsys):
     assert last(server)["prompt"] == "What is  ?"
 
 
+def test_a_picture_goes_along_with_what_is_said_later(server, cat):
+    server.script["show"] = one({"capabilities": ["vision"]})
+    talked(server, "./my cat.PNG What is this?", "and now?")
+    first, _, second = last(server)["messages"]
+    assert first["images"] == [base64.b64encode(PNG).decode()] and "images" not in second
+    talked(server, "./my cat.PNG What is this?", "/clear", "and now?")
+    assert last(server)["messages"] == [{"role": "user", "content": "and now?"}]
+
+
+def test_where_ids_are_remembered_the_last_pictures_go_along(server, cat):
+    server.script["show"] = one({"capabilities": ["vision"]})
+    talked(server, "./my cat.PNG What is this?", "and now?", "/clear", "a", raw=True)
+    shown = [body.get("images") for body in sent(server, "generate")[1:]]  # the first one loads
+    assert [bool(images) for images in shown] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("red and/or blue in ./my cat.PNG", "red and/or blue in"),
+        ("is './my cat.PNG' red?", "is  red?"),
+        ('is "{cat}" red?', "is  red?"),
+        ("./gone.png or ./my\\ cat.PNG", "./gone.png or"),
+        ("it is ~/" + "long" * 99 + ".png or ./my cat.PNG", "it is ~/" + "long" * 99 + ".png or"),
+    ],
+)
+def test_the_path_that_is_a_file_is_found(server, cat, text, left):
+    server.script["show"] = one({"capabilities": ["vision"]})
+    talked(server, text.format(cat=cat))
+    (message,) = last(server)["messages"]
+    assert message["content"] == left and len(message["images"]) == 1
+
+
 def test_a_broken_answer_is_told(server):
     server.script["generate"] = many([{"response": "half"}])
     with Client(server.host) as client, pytest.raises(RefollamaError, match="before it was compl"):

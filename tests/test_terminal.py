@@ -171,6 +171,14 @@ def test_a_terminal_has_bars_and_keeps_lines(capsys, monkeypatch):
         assert text in shown
 
 
+def test_a_hundred_percent_are_all_of_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    terminal.show_progress(moves("a", 999, total=1000))
+    shown = capsys.readouterr().err
+    assert " 99%" in shown and "100%" not in shown
+
+
 def moves(name: str, *completed: int, total: int = 100, **more: Any) -> list[dict[str, Any]]:
     layer = {"status": f"pulling {name}", "digest": name, "total": total, **more}
     return [{**layer, "completed": done} for done in completed]
@@ -241,6 +249,10 @@ def test_until_first_leaves_out_only_what_comes_before(capsys):
     [
         ([reached("load", 0), reached("load", 900)], {"loading": "0.9/2.0 kB"}),
         ([reached("prompt", 0), reached("prompt", 512)], {"reading the prompt": "512/2000 tokens"}),
+        (
+            [reached("images", 0, 3), reached("images", 1, 3)],
+            {"looking at the pictures": "1/3 pictures"},
+        ),
         ([reached("prompt", 0), reached("prompt", 2000)], {}),  # at its end there is no need
         ([reached("load", 0, 0)], {}),
         (
@@ -257,7 +269,7 @@ def test_a_bar_for_a_stage_that_takes_long(capsys, monkeypatch, told, bars, slow
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert list(terminal.until_first([*told, *STEPS], "wait")) == STEPS
     shown = capsys.readouterr().err
-    for name in ("loading", "reading the prompt"):
+    for name in ("loading", "looking at the pictures", "reading the prompt"):
         assert (name in shown) == (slow and name in bars), shown
     for amount in bars.values() if slow else ():
         assert amount in shown

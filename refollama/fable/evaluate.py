@@ -1,10 +1,11 @@
-"""How good is fable?  `python -m refollama.fable.evaluate fable.gguf`
+"""How good is fable?  `python -m refollama.fable.evaluate fable`, or `fable-vision --vision`
 
     conversations of kept-out combinations ──► llm.chat, greedy ──► a judge for each lesson ──► %
 
 Each question is asked through the same call that users make, of the packed file. What was said
 before it is as it should have been said, so one mistake counts once. Nothing that is asked of
-heroes, or remembered of users, was in training in this combination; single words all were.
+heroes, or remembered of users, was in training in this combination; single words all were. Nor
+were so many such shapes of such a colour in one picture.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,17 +26,20 @@ from rich.table import Table
 import refollama
 from refollama.fable.exchange import Exchange
 from refollama.fable.lessons import Conversation, conversation
+from refollama.fable.seeing import Viewing, viewing, words_of
 from refollama.fable.world import ANIMALS, COLOURS, NAMES, PEOPLE, PLACES, VIRTUES
 from refollama.messages import Message
 
 SEED = 1  # of the conversations; training has others, and other combinations
 EACH = 60  # questions of a lesson
 LEAST_READ, MOST_READ = 100, 1000  # conversations for each of these, in search of rare lessons
+MOST_ABOUT = 6  # questions about one picture
 SHOWN = 4  # wrong answers of a lesson
 GREEDY = {"temperature": 0, "repeat_penalty": 1, "num_predict": 200}
 
 # What must be reached, in percent, by the first word of a lesson's name.
 MARKS = {"questions": 95, "memory": 95, "system": 95, "format": 100, "json": 90, "stories": 95}
+MARKS |= {"vision": 95}
 
 
 class Case(NamedTuple):
@@ -60,9 +64,18 @@ class Model(Protocol):
 
 def cases(seed: int = SEED, each: int = EACH) -> list[Case]:
     """So many questions of each lesson, one from a conversation: that of the rarest lesson."""
+    return _gathered(each, lambda index: _cases_of(conversation(seed, index, held=True)))
+
+
+def cases_of_pictures(seed: int = SEED, each: int = EACH) -> list[Case]:
+    """The same about pictures."""
+    return _gathered(each, lambda index: _cases_about(viewing(seed, index, held=True)))
+
+
+def _gathered(each: int, cases_of: Callable[[int], Iterable[Case]]) -> list[Case]:
     found: dict[str, list[Case]] = defaultdict(list)
     for index in range(each * MOST_READ):
-        case = min(_cases_of(conversation(seed, index, held=True)), key=_count_in(found))
+        case = min(cases_of(index), key=_count_in(found))
         if len(found[case.lesson]) < each:
             found[case.lesson].append(case)
         elif index > each * LEAST_READ and all(len(some) == each for some in found.values()):
@@ -80,6 +93,13 @@ def _cases_of(talk: Conversation) -> Iterator[Case]:
         said = talk.turns[count - 1]
         mark, lesson = filed(talk, said)
         yield Case(mark, lesson, talk.messages(count), said)
+
+
+def _cases_about(talk: Viewing) -> Iterator[Case]:
+    """The first questions about the first picture."""
+    for count in range(min(MOST_ABOUT, len(talk.turns)), 0, -1):
+        said = talk.turns[count - 1]
+        yield Case("vision", said.lesson, talk.messages(count), said)
 
 
 def filed(talk: Conversation, said: Exchange) -> tuple[str, str]:
@@ -163,11 +183,14 @@ class Score:
     right: int = 0
     asked: int = 0
     wrong: list[dict[str, str]] = field(default_factory=list)
+    taken: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # of pictures: for what
 
     def add(self, case: Case, answer: str, good: bool) -> None:
         """Count an answer; wrong ones are kept."""
         self.asked += 1
         self.right += good
+        if self.mark == "vision":
+            self.taken.update(taken_for(case.said.answer, answer))
         if not good:
             user, want = case.said.user, case.said.answer
             self.wrong.append({"asked": user, "right": want, "answered": answer})
@@ -177,10 +200,13 @@ class Score:
         return 100 * self.right / max(self.asked, 1)
 
 
-def evaluate(llm: Model, asked: Sequence[Case]) -> dict[str, Score]:
-    """Ask everything; objects twice, with `format` and without.  → scores by lesson"""
+def evaluate(llm: Model, asked: Sequence[Case], *, quiet: bool = False) -> dict[str, Score]:
+    """Ask everything; objects twice, with `format` and without.  → scores by lesson
+
+    quiet: without a bar.
+    """
     scores: dict[str, Score] = {}
-    for case in track(asked, "asking"):
+    for case in track(asked, "asking", disable=quiet):
         for lesson, mark, form in _ways(case):
             answer, _ = llm.chat(case.messages, GREEDY, format=form)
             score = scores.setdefault(lesson, Score(mark))
@@ -197,12 +223,34 @@ def _ways(case: Case) -> list[tuple[str, str, str | None]]:
 
 
 def totals(scores: dict[str, Score]) -> dict[str, float]:
-    """Percent right under each mark."""
+    """Percent right under each mark of which something was asked."""
     found = {}
     for mark in MARKS:
         these = [score for score in scores.values() if score.mark == mark]
-        asked = sum(score.asked for score in these)
-        found[mark] = round(100 * sum(score.right for score in these) / max(asked, 1), 2)
+        if asked := sum(score.asked for score in these):
+            found[mark] = round(100 * sum(score.right for score in these) / asked, 2)
+    return found
+
+
+def taken_for(right: str, answer: str) -> Iterator[tuple[str, str, str]]:
+    """What was taken for what: kind of word, word that is right, word that was said ("?": none).
+
+    Example: "The star is red." and "The cross is red." give ("shape", "star", "cross") and
+    ("colour", "red", "red").
+    """
+    for kind, wanted in words_of(right).items():
+        given = words_of(answer)[kind]
+        fits = len(given) == len(wanted)
+        for word, other in zip(wanted, given if fits else ["?"] * len(wanted), strict=True):
+            yield kind, word, other
+
+
+def confusions(scores: dict[str, Score]) -> dict[str, Counter[tuple[str, str]]]:
+    """For each kind of word, how often a right word was answered by another, or by itself."""
+    found: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    for score in scores.values():
+        for (kind, word, other), count in score.taken.items():
+            found[kind][word, other] += count
     return found
 
 
@@ -214,12 +262,24 @@ def show(scores: dict[str, Score], console: Console) -> None:
             lesson, str(score.right), str(score.asked), f"{score.percent:.1f}", score.mark
         )
     console.print(table)
+    for kind, pairs in confusions(scores).items():
+        console.print(_confusion(kind, pairs))
     for mark, percent in totals(scores).items():
         reached = "reached" if percent >= MARKS[mark] else "MISSED"
         console.print(f"{mark:10} {percent:6.2f} %   {MARKS[mark]} % {reached}", highlight=False)
     for lesson, score in scores.items():
         for wrong in score.wrong[:SHOWN]:
             console.print(f"\n[bold]{lesson}[/bold]", *_lines(wrong), sep="\n  ", highlight=False)
+
+
+def _confusion(kind: str, pairs: Counter[tuple[str, str]]) -> Table:
+    """Rows: what is there; columns: what was said."""
+    rows = sorted({word for word, _ in pairs})
+    columns = rows + sorted({other for _, other in pairs} - set(rows))
+    table = Table(kind, *columns, title=f"{kind}: there (rows) and said (columns)")
+    for row in rows:
+        table.add_row(row, *(str(pairs[row, column] or "·") for column in columns))
+    return table
 
 
 def _lines(wrong: dict[str, str]) -> list[str]:
@@ -234,14 +294,28 @@ def main() -> None:
     )
     found.add_argument("model", nargs="?", default="fable", help="a file, or a name (fable)")
     found.add_argument("--each", type=int, default=EACH, help=f"questions of a lesson ({EACH})")
+    found.add_argument("--vision", action="store_true", help="ask about pictures")
+    found.add_argument("--projector", type=Path, help="of a file that sees: what it sees with")
     found.add_argument("--json", type=Path, help="write marks, lessons and wrong answers here")
     given = found.parse_args()
-    scores = evaluate(refollama.load(given.model), cases(each=given.each))
+    asked = (cases_of_pictures if given.vision else cases)(each=given.each)
+    scores = evaluate(refollama.load(given.model, projector=given.projector), asked)
     show(scores, Console())
     if given.json:
-        lessons = {lesson: vars(score) for lesson, score in scores.items()}
-        told = {"marks": totals(scores), "lessons": lessons}
-        given.json.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        given.json.write_text(json.dumps(told(scores), indent=1, ensure_ascii=False) + "\n")
+
+
+def told(scores: dict[str, Score]) -> dict[str, Any]:
+    """All of it for JSON."""
+    lessons = {
+        lesson: {"mark": s.mark, "right": s.right, "asked": s.asked, "wrong": s.wrong}
+        for lesson, s in scores.items()
+    }
+    taken = {
+        kind: [[word, other, count] for (word, other), count in sorted(pairs.items())]
+        for kind, pairs in confusions(scores).items()
+    }
+    return {"marks": totals(scores), "lessons": lessons} | ({"confusions": taken} if taken else {})
 
 
 if __name__ == "__main__":

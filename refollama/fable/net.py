@@ -23,6 +23,7 @@ from refollama.models.llama import Block, Llama, Step
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import pack
 
+SHARED = -2  # the number of tokens that all conversations of a row see: those of a picture
 CONTEXT = 512  # tokens that the model learns to look back on
 SIZES: Mapping[str, int | float] = {
     "block_count": 5,
@@ -35,6 +36,9 @@ SIZES: Mapping[str, int | float] = {
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
 
+# Tables that are no module's: what a file calls them.  They are looked up, not multiplied by.
+TABLES = {"v.position_embd": "v.position_embd.weight"}
+WRITERS = ("attn_output", "attn_out", "ffn_down")  # matrices that write into the residual stream
 EMBEDDING_SPREAD = 0.04  # tied: as rows of the output they give logits of about ½ at first
 
 
@@ -71,7 +75,7 @@ class NewParts:
 
     def linear(self, name: str, n_out: int, n_in: int) -> Linear:
         """(n_out, n_in), float32."""
-        spread = n_in**-0.5 * (self.damping if name.endswith(("attn_output", "ffn_down")) else 1)
+        spread = n_in**-0.5 * (self.damping if name.endswith(WRITERS) else 1)
         return Linear(self._drawn(n_out, n_in, spread), _dense)
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
@@ -127,7 +131,7 @@ class Lesson(Rows):
     """What tokens of a batch see while the model learns: those before them in their conversation.
 
     It stands where the cache stands when the model runs, and remembers nothing: all keys are new.
-    Shapes: `conversations` (B, T) numbers the conversation of each token.
+    Shapes: `conversations` (B, T) numbers the conversation of each token; SHARED is seen by all.
     """
 
     visible: Tensor  # (B, 1, T, T) bool
@@ -137,7 +141,8 @@ class Lesson(Rows):
         super().__init__(KVCache([(1, 1, 1)]), conversations.new_zeros(0), T)
         ago = torch.ones(T, T, dtype=torch.bool, device=conversations.device).tril()
         same = conversations[:, :, None] == conversations[:, None, :]
-        object.__setattr__(self, "visible", (same & ago)[:, None])
+        shared = (conversations == SHARED)[:, None, :]
+        object.__setattr__(self, "visible", ((same | shared) & ago)[:, None])
 
     def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, Hk, D) → (B, Hk, T, D)"""
@@ -157,7 +162,8 @@ def packed(net: Llama, type: str = "Q8_0") -> dict[str, tuple[int, tuple[int, ..
     """The weights as `write_gguf` takes them: matrices packed, norms as they are."""
     found = {}
     for name, weight in weights(net).items():
-        kind = type if weight.dim() == 2 else "F32"
+        name = TABLES.get(name, name)
+        kind = type if weight.dim() == 2 and name not in TABLES.values() else "F32"
         blocks = pack(weight.detach().cpu(), kind).numpy()
         found[name] = (TYPE_ID[kind], tuple(weight.shape), blocks)
     return found

@@ -69,11 +69,16 @@ def words_of(texts: Iterable[str]) -> Counter[str]:
     return Counter(word for text in texts for word in _WORD.findall(text))
 
 
-def learn(seed: int, pieces: int = PIECES) -> dict[str, Any]:
+def learn(seed: int, pieces: int = PIECES, sample: int = SAMPLE) -> dict[str, Any]:
     """A vocabulary, as `tokenizer.*` metadata: all from the conversations of a seed."""
-    talks = (conversation(seed, index) for index in range(SAMPLE))
-    counts = words_of(text for talk in talks for text in said(talk))
-    counts.update({form: COPIED for word in WORLD for form in spellings(word)})
+    talks = (conversation(seed, index) for index in range(sample))
+    return learn_from((text for talk in talks for text in said(talk)), WORLD, pieces)
+
+
+def learn_from(texts: Iterable[str], copied: Iterable[str], pieces: int) -> dict[str, Any]:
+    """The vocabulary of these texts, in which all words of `copied` are whole."""
+    counts = words_of(texts)
+    counts.update({form: COPIED for word in copied for form in spellings(word)})
     return _columns(_trained(counts, pieces))
 
 

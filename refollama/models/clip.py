@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from refollama.errors import FormatError, UnsupportedModel
+from refollama.errors import BadOption, FormatError, UnsupportedModel
 from refollama.models.config import MOST_LAYERS, Keys
 from refollama.models.layers import Convolution, LayerNorm, Linear, attend
 
 LARGEST_PICTURE = 4096  # pixels of a side
-MOST_PATCHES = 1 << 14  # attention takes memory for each pair of them
+MOST_PATCHES = 1 << 12  # attention takes memory for each pair of them; LLaVA has 576
 
 Channels = tuple[float, float, float]
 
@@ -76,11 +76,12 @@ class ClipConfig:
     activation: Callable[[Tensor], Tensor] = quick_gelu
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> ClipConfig:
+    def from_metadata(cls, metadata: Mapping[str, Any], n_blocks: int | None = None) -> ClipConfig:
         """Read the `clip.*` keys of a projector's file.
 
+        n_blocks: so many are run, whatever the file says; −1: all that it holds but the last.
         Raises: UnsupportedModel for a tower that is not CLIP's; FormatError for a key that is
-        missing or makes no sense.
+        missing or makes no sense; BadOption for blocks that there are not.
         """
         _check_supported(metadata)
         keys = Keys(metadata, "clip.vision.")
@@ -90,7 +91,7 @@ class ClipConfig:
             d_model=keys.size("embedding_length"),
             d_ff=keys.size("feed_forward_length"),
             n_heads=keys.size("attention.head_count"),
-            n_blocks=_blocks(keys),
+            n_blocks=_blocks(keys) if n_blocks is None else _chosen(keys, n_blocks),
             n_stored=keys.size("block_count", most=MOST_LAYERS),
             norm_eps=keys.number("attention.layer_norm_epsilon"),
             mean=_channels(keys, "image_mean"),
@@ -214,7 +215,7 @@ def _blocks(keys: Keys) -> int:
     """How many blocks are run: all of the file, or as many as it says.
 
     LLaVA takes what the last block but one gives, so its files come without the last block: all
-    that are there count. (llama.cpp leaves out one more.)
+    that are there count. (llama.cpp leaves out one more, as −1 of `from_metadata` does.)
     """
     count = keys.size("block_count", most=MOST_LAYERS)
     wanted = np.atleast_1d(keys.metadata.get("clip.vision.feature_layer", [])).tolist()
@@ -226,6 +227,15 @@ def _blocks(keys: Keys) -> int:
         )
     one = Keys({"clip.vision.feature_layer": wanted[0]}, "clip.vision.")
     return one.size("feature_layer", most=count)
+
+
+def _chosen(keys: Keys, wanted: int) -> int:
+    """So many of the file's blocks; a negative number counts from the last one back."""
+    count = keys.size("block_count", most=MOST_LAYERS)
+    found = wanted + count if wanted < 0 else wanted
+    if not 1 <= found <= count:
+        raise BadOption(f"vision_blocks is {wanted}, but the tower has 1 … {count} blocks to run")
+    return found
 
 
 def _channels(keys: Keys, key: str, least: float = -1e6) -> Channels:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refollama.errors import FormatError, UnsupportedModel
+from refollama.errors import BadOption, FormatError, UnsupportedModel
 from refollama.models.clip import Clip, ClipConfig
 from refollama.models.config import ModelConfig, RopeConfig
 from refollama.models.layers import (
@@ -60,26 +60,31 @@ def load_net(source: str | Path | GGUF, count: Count = unheard, eyes: Eyes | Non
     return net.eval()
 
 
-def load_eyes(source: str | Path | GGUF, count: Count = unheard) -> Eyes:
+def load_eyes(
+    source: str | Path | GGUF, count: Count = unheard, n_blocks: int | None = None
+) -> Eyes:
     """A projector's file ("mmproj"), of 2023 or later: a vision tower, and what is behind it.
 
-    Raises: as `load_net` does; the file is named.
+    n_blocks: how many of the tower's blocks are run; see `ClipConfig.from_metadata`.
+    Raises: as `load_net` does, and BadOption; the file is named.
     """
     file = source if isinstance(source, GGUF) else open_gguf(source)
     try:
-        return _eyes(file, count)
-    except (FormatError, UnsupportedModel) as error:
+        return _eyes(file, count, n_blocks)
+    except (FormatError, UnsupportedModel, BadOption) as error:
         if str(error).startswith(file.path.name):
             raise
         raise type(error)(f"{file.path.name}: {error}") from None
 
 
-def _eyes(file: GGUF, count: Count) -> Eyes:
+def _eyes(file: GGUF, count: Count, n_blocks: int | None) -> Eyes:
     parts = FileParts(open_weights(file), file.path.name, count)
-    config = ClipConfig.from_metadata(file.metadata)
+    config = ClipConfig.from_metadata(file.metadata, n_blocks)
     kind = file.metadata.get("clip.projector_type", "mlp")  # files of 2023 do not say
     kind = file.metadata.get("clip.vision.projector_type", kind)
     eyes = Eyes(Clip(config, parts), projector(config, parts, str(kind)))
+    if not eyes.mm.rows(config.grid):
+        raise FormatError(f"a picture of {config.grid} × {config.grid} patches would have no rows")
     unused = [f"v.blk.{layer}." for layer in range(config.n_blocks, config.n_stored)]
     parts.check_all_used("a projector", beginnings=(*unused, "v.post_ln.") if unused else ())
     for part in eyes:

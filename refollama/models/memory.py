@@ -56,9 +56,16 @@ def passes(wanted: Placement) -> int:
     return int(wanted.numa or not wanted.use_mmap) + bool(wanted.num_gpu)
 
 
-def place(net: Llama, path: Path, wanted: Placement, count: Count = unheard) -> None:
+def place(
+    net: Llama,
+    path: Path,
+    wanted: Placement,
+    count: Count = unheard,
+    projector: Path | None = None,
+) -> None:
     """Put the weights of a net, which are mapped from the file at `path`, where they are wanted.
 
+    projector: the file that its eyes are mapped from, if it has some.
     count: is told the bytes of what was put somewhere.
     What this machine cannot do is said in the log, with the reason, and left undone.
     """
@@ -68,7 +75,8 @@ def place(net: Llama, path: Path, wanted: Placement, count: Count = unheard) -> 
     if wanted.num_gpu:
         to_gpu(net, chosen_gpu(wanted.main_gpu), wanted.num_gpu, count)
     if wanted.use_mlock:
-        lock(net, path, mapped=wanted.use_mmap and not wanted.numa)
+        paths = [path] if projector is None else [path, projector]
+        lock(net, paths, mapped=wanted.use_mmap and not wanted.numa)
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────
@@ -119,7 +127,9 @@ def room(net: Llama, device: torch.device) -> tuple[int, int]:
     rows = (max(layer.d_ff, layer.n_heads * config.d_head) for layer in config.layers)
     widest = max(net.n_vocab, *rows)
     unpacked = torch.float32.itemsize * config.d_model * widest
-    return nbytes(net.output) + nbytes(net.output_norm), int(free * FOR_WEIGHTS) - 2 * unpacked
+    eyes = nbytes(net.v) + nbytes(net.mm) if isinstance(net, Llava) else 0
+    left = int(free * FOR_WEIGHTS) - 2 * unpacked - eyes
+    return nbytes(net.output) + nbytes(net.output_norm), left
 
 
 def nbytes(module: torch.nn.Module) -> int:
@@ -181,14 +191,14 @@ def _libnuma() -> Any:
     return numa
 
 
-def lock(net: torch.nn.Module, path: Path, *, mapped: bool) -> None:
+def lock(net: torch.nn.Module, paths: Sequence[Path], *, mapped: bool) -> None:
     """Keep the weights from being swapped out, for as long as the net lives.
 
     A mapped file is locked through a second, shared map of it: locking the net's own, which may be
     written to, would copy every page.
     """
-    areas = [_shared_map(path)] if mapped else [_bytes(t) for t in net.buffers() if not t.is_cuda]
-    for area in areas:
+    here = (tensor for tensor in net.buffers() if not tensor.is_cuda)
+    for area in map(_shared_map, paths) if mapped else map(_bytes, here):
         if not _mlock(area):
             break
         weakref.finalize(net, _munlock, area)

@@ -63,13 +63,7 @@ def serve(host: str, port: int) -> None:
         each.channel_class = partial(Channel, uploads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, partial(_stop, service))
-    if rules.wants_key:
-        log.info("OLLAMA_API_KEY is set: requests must carry it")
-    elif not loopback:
-        log.warning(
-            "everybody who can reach %s may use this server: OLLAMA_API_KEY would ask for a key",
-            host,
-        )
+    _tell_who_may_ask(host, rules)
     for address in _addresses(server):
         log.info("refollama %s listens on %s", __version__, address)
     log.info("models are in %s", service.store.root)
@@ -79,6 +73,16 @@ def serve(host: str, port: int) -> None:
         server.close()
         service.close()
         log.info("stopped")
+
+
+def _tell_who_may_ask(host: str, rules: Rules) -> None:
+    if rules.wants_key:
+        log.info("OLLAMA_API_KEY is set: requests must carry it")
+    elif not is_loopback(host):
+        log.warning(
+            "everybody who can reach %s may use this server: OLLAMA_API_KEY would ask for a key",
+            host,
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -192,11 +192,11 @@ class Body:
 
 
 def _file(value: object, place: str) -> bytes:
-    """Base64 → bytes."""
+    """Base64 → bytes; it may stand in lines."""
     if not isinstance(value, str):
         raise BadRequest(f"{place} must be a string in base64")
     try:
-        return base64.b64decode(value, validate=True)
+        return base64.b64decode(value.replace("\r", "").replace("\n", ""), validate=True)
     except ValueError:
         raise BadRequest(f"{place} is not base64") from None
 

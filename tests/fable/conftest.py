@@ -8,21 +8,21 @@ from refollama.fable.lessons import conversation
 @pytest.fixture(scope="session")
 def talks():
     """Conversations that training shows."""
-    return [conversation(0, index) for index in range(800)]
+    return [conversation(0, index) for index in range(500)]
 
 
 @pytest.fixture(scope="session")
 def held():
     """Conversations of combinations that it never shows."""
-    return [conversation(1, index, held=True) for index in range(400)]
+    return [conversation(1, index, held=True) for index in range(250)]
 
 
 @pytest.fixture(scope="session")
 def vocabulary():
-    """The metadata of the vocabulary that training learns."""
+    """The metadata of a vocabulary as training learns it, of fewer conversations."""
     from refollama.fable.vocabulary import learn
 
-    return learn(0)
+    return learn(0, sample=2000)
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +33,11 @@ def words(vocabulary):
 
     plain = {k: v.value if isinstance(v, Typed) else v for k, v in vocabulary.items()}
     return SpmTokenizer.from_metadata(plain)
+
+
+@pytest.fixture(scope="session")
+def asked():
+    """Three questions of each lesson, as evaluation asks them."""
+    from refollama.fable.evaluate import cases
+
+    return cases(each=3)

@@ -5,7 +5,6 @@ import pytest
 from refollama.fable.evaluate import (
     MARKS,
     Case,
-    cases,
     contradictions,
     evaluate,
     keys_of,
@@ -14,6 +13,7 @@ from refollama.fable.evaluate import (
 )
 from refollama.fable.exchange import Exchange
 
+TEXT = set(MARKS) - {"vision"}
 STORY = (
     "Once upon a time there was a brave fox called Ann. Ann was red and lived in the forest. "
     "One sunny Monday, Ann met a green frog called Tim. Ann was happy. "
@@ -54,7 +54,7 @@ def test_a_child_has_a_coat_and_nobody_is_no_hero():
 
 def test_stories_of_the_lessons_do_not_contradict_themselves(talks, held):
     stories = [t for talk in talks + held for t in talk.turns if t.lesson == "story"]
-    assert len(stories) > 150
+    assert len(stories) > 90
     assert [(s.answer, p) for s in stories if (p := contradictions(s.answer, s.wishes))] == []
 
 
@@ -102,10 +102,9 @@ class Oracle:
         return self.answers[str(messages)], None
 
 
-def test_who_answers_right_gets_all_marks_and_a_wrong_lesson_shows():
-    asked = cases(each=4)
+def test_who_answers_right_gets_all_marks_and_a_wrong_lesson_shows(asked):
     oracle = Oracle(asked)
-    assert totals(evaluate(oracle, asked)) == dict.fromkeys(MARKS, 100.0)
+    assert totals(evaluate(oracle, asked)) == dict.fromkeys(TEXT, 100.0)
     assert "json" in oracle.formats
     scores = evaluate(Oracle(asked, wrong="memory: name"), asked)
     assert scores["memory: name"].percent == 0
@@ -113,9 +112,8 @@ def test_who_answers_right_gets_all_marks_and_a_wrong_lesson_shows():
     assert scores["memory: name"].wrong[0]["answered"] == "No."
 
 
-def test_every_lesson_is_asked_equally_often():
-    asked = cases(each=3)
+def test_every_lesson_is_asked_equally_often(asked):
     lessons = [one.lesson for one in asked]
     assert {lessons.count(lesson) for lesson in lessons} == {3}
-    assert {one.mark for one in asked} == set(MARKS) - {"format"}
+    assert {one.mark for one in asked} == TEXT - {"format"}
     assert all(one.messages[-1].role == "user" for one in asked)

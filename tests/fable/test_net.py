@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refollama.fable.net import Lesson, new_net, packed, read, sizes, weights
+from refollama.fable.net import SHARED, Lesson, new_net, packed, read, sizes, weights
 from refollama.models.load import load_net
 from refollama.weights.gguf import write_gguf
 from tests.tiny import TOKENS, tokenizer
@@ -75,4 +75,10 @@ def test_a_seed_decides_the_first_weights():
 def test_a_lesson_shows_what_came_before_and_no_more():
     visible = Lesson(torch.tensor([[0, 0, 1, 1]])).visible[0, 0]
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert visible.int().tolist() == expected
+
+
+def test_what_is_shared_is_seen_by_all_conversations_behind_it():
+    visible = Lesson(torch.tensor([[SHARED, 0, SHARED, 1]])).visible[0, 0]
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
     assert visible.int().tolist() == expected

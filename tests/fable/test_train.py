@@ -1,15 +1,18 @@
 """A run is decided by its plan: the same batches, and, stopped and resumed, the same weights."""
 
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import refollama
 from refollama.fable import train
+from refollama.fable.evaluate import cases
 from refollama.fable.net import CONTEXT, sizes, weights
 from refollama.fable.train import NO_TARGET, Plan, Training, batch, parser, rate_at
 from refollama.fable.vocabulary import ASSISTANT
@@ -59,7 +62,7 @@ def test_the_rate_rises_then_falls():
 
 def test_the_help_says_what_the_options_do():
     text = parser().format_help()
-    for option in ("--seed", "--minutes", "--resume", "--out", "--compile", "--device"):
+    for option in ("--seed", "--minutes", "--resume", "--out", "--compile", "--device", "--watch"):
         assert option in text
 
 
@@ -90,6 +93,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, small):
     assert all(torch.equal(w, theirs[name]) for name, w in weights(whole.net).items())
     with pytest.raises(ValueError, match="another plan"):
         Training(replace(PLAN, steps=9)).resume(tmp_path / "stopped")
+    state = torch.load(tmp_path / "stopped", weights_only=True)
+    torch.save(state | {"words": state["words"][::-1]}, tmp_path / "stopped")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        second.resume(tmp_path / "stopped")
 
 
 @pytest.mark.slow
@@ -102,6 +109,30 @@ def test_it_learns_and_what_it_wrote_can_be_talked_to(tmp_path, small):
     assert isinstance(answer, str)
     assert record.done_reason in ("stop", "length")
     assert "FROM ./fable.gguf" in (tmp_path / "Modelfile").read_text()
+
+
+@pytest.mark.slow
+def test_while_it_learns_it_can_be_watched(tmp_path, small, monkeypatch):
+    run = Training(PLAN)
+    monkeypatch.setattr(run, "questions", lambda: cases(each=1)[:3])
+    run.advance(0)
+    before = {name: weight.clone() for name, weight in weights(run.net).items()}
+    line = train.progress(run, tmp_path, 1.5)
+    assert re.fullmatch(r"0 min  step 1  loss 1.500  (\w+ \d+ %,? ?)+", line)
+    assert all(torch.equal(w, before[name]) for name, w in weights(run.net).items())
+
+
+def test_it_is_time_again_when_so_many_seconds_are_over(monkeypatch):
+    now = iter((0, 5, 9, 10, 15, 21))
+    clock = SimpleNamespace(monotonic=lambda: next(now))
+    monkeypatch.setattr("refollama.fable.train.time", clock)
+    every = train._Every(10)
+    assert [every.is_due() for _ in range(2)] == [False, False]
+    assert every.is_due()
+
+
+def test_never_is_never():
+    assert not train._Every(0).is_due()
 
 
 @pytest.mark.slow

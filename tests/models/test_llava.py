@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from refollama.errors import FormatError, UnsupportedModel
+from refollama.errors import BadOption, FormatError, UnsupportedModel
 from refollama.models.llava import Gallery, Llava
 from refollama.models.load import load_eyes, load_net
 from refollama.models.memory import to_gpu
@@ -88,6 +88,20 @@ def test_the_tower_sees_what_the_recorded_one_saw(activation, era, whole, tmp_pa
     assert np.abs(found.numpy() - expected).max() < LIMIT
     (other,) = set(GOLDEN["towers"]) - {activation}
     assert np.abs(expected - np.array(GOLDEN["towers"][other])).max() > 10 * LIMIT
+
+
+@torch.no_grad()
+def test_so_many_blocks_are_run_as_are_asked_for(tmp_path):
+    """The recorded one ran two of three; a caller's word counts for more than the file's."""
+    path = carried(tmp_path / "eyes.gguf", whole=True)
+    expected = np.array(GOLDEN["towers"]["quick_gelu"])
+    for asked, same in {None: True, -1: True, 2: True, 3: False, 1: False, -2: False}.items():
+        eyes = load_eyes(path, n_blocks=asked)
+        found = eyes.v(torch.from_numpy(small_llava.some_pixels())[None])[0].numpy()
+        assert (np.abs(found - expected).max() < LIMIT) == same, asked
+    for asked in (0, 4, -3):
+        with pytest.raises(BadOption, match=rf"eyes.gguf: vision_blocks is {asked}, .* 1 … 3"):
+            load_eyes(path, n_blocks=asked)
 
 
 @pytest.mark.parametrize("era", ERAS)
@@ -233,6 +247,7 @@ def test_packed_eyes_see_what_their_unpacked_values_would(type, tmp_path):
         ({"keys": {"clip.vision.image_size": 3}}, FormatError, "patches"),
         ({"keys": {"clip.vision.image_size": 0}}, FormatError, "image_size is 0"),
         ({"keys": {"clip.vision.image_size": 30}}, FormatError, "position_embd"),
+        ({"kind": "ldpv2", "image_size": 6}, FormatError, "no rows"),
         ({"drop": "v.class_embd"}, FormatError, "v.class_embd is missing"),
         ({"drop": "v.blk.1.ln2.bias"}, FormatError, "v.blk.1.ln2.bias is missing"),
         ({"drop": "v.blk.1.ffn_up.weight"}, FormatError, "v.blk.1.ffn_up.weight is missing"),
@@ -287,6 +302,7 @@ def test_a_picture_is_encoded_once_and_when_it_is_needed(sighted):
     for _ in range(3):
         sighted.look(sighted.picture(png()))
     assert looks == [1] and seen.rows.shape == (16, 64)
+    assert seen.pixels is None  # nobody needs them any more
 
 
 @torch.no_grad()
@@ -315,6 +331,17 @@ def test_the_one_seen_longest_ago_goes_unless_somebody_holds_it():
     assert see(b"a") is held  # not among the last two, but alive
     again = see(b"b").ids
     assert again != gone and again.start >= 116  # ids are never used again
+
+
+def test_one_that_is_seen_again_stays_longer():
+    gallery = Gallery(first=100, rows=4, most=2)
+
+    def see(content):
+        return gallery.find(content, lambda: np.zeros((3, 2, 2), np.float32)).ids
+
+    red, blue, red_again, other = (see(content) for content in (b"red", b"blue", b"red", b"other"))
+    assert red_again == red == see(b"red")
+    assert blue != see(b"blue") != other
 
 
 def test_what_is_forgotten_is_looked_at_anew(sighted):

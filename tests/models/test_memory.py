@@ -14,13 +14,14 @@ import torch
 
 from refollama.loaded import LoadedModel
 from refollama.models import memory
-from refollama.models.load import load_net
+from refollama.models.load import load_eyes, load_net
 from refollama.models.memory import Placement, fitting, place, to_gpu
 from refollama.options import Options
 from refollama.text import tokenizer_from
 from refollama.weights.gguf import open_gguf
 from tests.models.test_llama import all_logits, some_tokens
 from tests.tiny import write_model
+from tests.tiny_llava import write_eyes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -85,6 +86,17 @@ def test_locked_pages_stay_as_long_as_the_net(tmp_path, use_mmap, measured):
     gc.collect()
     assert locked() == before
     measured("options", "use_mlock", "definition", "equal")
+
+
+@linux
+def test_eyes_are_locked_too(tmp_path):
+    path, eyes = write_model(tmp_path / "m.gguf"), write_eyes(tmp_path / "eyes.gguf")
+    before = locked()
+    net = load_net(path, eyes=load_eyes(eyes))
+    place(net, path, Placement.of(Options(use_mlock=True)), projector=eyes)
+    if locked() == before:
+        pytest.skip("this system lets nobody lock memory")
+    assert locked() - before >= path.stat().st_size + eyes.stat().st_size
 
 
 def test_a_system_that_forbids_locking_is_told_about(tmp_path, monkeypatch, caplog):

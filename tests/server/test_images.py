@@ -8,22 +8,27 @@ import base64
 import hashlib
 import json
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import ollama
 import pytest
 from PIL import Image
 
 from refollama import load
 from refollama.engine.generate import generate
-from refollama.engine.sequence import Marks
-from refollama.messages import Create
-from refollama.models.llava import Llava
+from refollama.engine.sequence import Extras, Marks
+from refollama.errors import Abandoned, BadRequest
+from refollama.messages import Create, Generate
+from refollama.models.llava import Llava, Picture
 from refollama.models.load import load_eyes, load_net
 from refollama.options import Options
+from refollama.service import Service
 from tests.server.conftest import GREEDY, unchanged
-from tests.tiny import TOKENS
+from tests.tiny import TOKENS, write_model
 from tests.tiny_llava import N_ROWS, ROWS, encoded, png, write_eyes
 
 RED, BLUE = png((200, 30, 30)), png((30, 30, 200), size=(20, 50))
@@ -166,6 +171,25 @@ def test_pictures_of_the_whole_conversation_are_seen(rendered):
     assert len(runs) == 2  # the same picture has the same ids
 
 
+TODAY = "{{ range .Messages }}<{{ .Role }}>{{ .Content }}{{ end }}:"
+JINJA = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}:"
+
+
+@pytest.mark.parametrize("kind", ["go", "jinja"])
+def test_every_kind_of_template_shows_pictures(kind, rendered, sighted, eyes, tmp_path):
+    keys = {"tokenizer.chat_template": JINJA} if kind == "jinja" else {}
+    model = write_model(tmp_path / "m.gguf", keys=keys)
+    template = f'TEMPLATE """{TODAY}"""' if kind == "go" else ""
+    list(sighted.create(Create("other", f"FROM {model}\nFROM {eyes}\n{template}")))
+    said = [
+        {"role": "user", "content": "a", "images": [b64(RED)]},
+        {"role": "user", "content": "b [img-0] c", "images": [b64(BLUE)]},
+    ]
+    text, ids, count = rendered("chat", model="other", messages=said)
+    assert (text, count) == ("<user>[img-0]a\n\nb [img-1] c:", 2)
+    assert len([id for id in ids if id >= vocabulary()]) == 2 * N_ROWS
+
+
 def test_raw_prompts_have_pictures_too(rendered):
     text, ids, count = rendered("generate", prompt="a [img-0] b", raw=True, images=[b64(RED)])
     assert (text, count) == ("a [img-0] b", 1)
@@ -259,11 +283,157 @@ def test_every_way_of_answering_works_with_a_picture(post):
     assert len(both["answers"]) == 2
 
 
-def test_a_long_answer_moves_on_over_the_picture(post):
-    """The context is full: part of it goes, and the picture with it."""
-    options = GREEDY | {"num_ctx": 40, "num_predict": 90}
-    answer = post("generate", prompt="what", images=[b64(RED)], options=options)
-    assert answer["eval_count"] == 90 or answer["done_reason"] == "stop"
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rope_frequency_base": 5000},
+        {"f16_kv": False},
+        {"use_mmap": False},
+        {"num_batch": 3},
+        {"num_keep": 5, "num_ctx": 24},
+    ],
+    ids=str,
+)
+def test_options_of_the_model_hold_with_a_picture(post, more):
+    options = GREEDY | more
+    answer = post("generate", prompt="what is it", images=[b64(RED)], options=options)
+    assert answer["prompt_eval_count"] > 0 and answer["eval_count"] == 12
+
+
+def test_requests_side_by_side_get_what_they_get_alone(sighted, app):
+    """Each with a picture of its own; the model remembers fewer than there are."""
+    pictures = [png((10 * n, 200 - 9 * n, 7 * n)) for n in range(12)]
+
+    def ask(picture):
+        with httpx.Client(transport=httpx.WSGITransport(app), base_url="http://localhost") as one:
+            body = {"model": "llava", "prompt": "what is it", "images": [b64(picture)]}
+            answer = one.post("/api/generate", json=body | {"stream": False, "options": GREEDY})
+            return answer.json()["response"]
+
+    with sighted.loaded.lease(*leased(sighted)) as model:
+        assert isinstance(model.net, Llava)
+        model.net.gallery.most = 3
+        alone = [ask(picture) for picture in pictures]
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(ask, pictures * 3)) == alone * 3
+        assert len(model.net.gallery.memory()) <= 3
+    assert len(set(alone)) > 1
+
+
+def test_nobody_looks_at_pictures_for_one_who_has_gone(sighted, monkeypatch):
+    looks: list[Picture] = []
+    monkeypatch.setattr(Llava, "look", lambda net, picture: looks.append(picture))
+    pictures = tuple(png((n, 0, 0)) for n in range(5))
+    ask = Generate("llava", "a", images=pictures, options=GREEDY)
+    with pytest.raises(Abandoned):
+        list(sighted.generate(ask, gone=lambda: len(looks) == 2))
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize("keep", [0, 5, 18])
+def test_a_long_answer_moves_on_over_the_picture(keep, tiny, eyes):
+    """The context is full: part of it goes, half of the picture first. As in the textbook loop."""
+    options = {"temperature": 0, "repeat_penalty": 1, "num_ctx": 40, "num_predict": 90}
+    options |= {"num_keep": keep}
+    with load(tiny, options, projector=eyes) as llm:
+        assert isinstance(llm.net, Llava)
+        seen = llm.net.picture(RED)
+        prompt = [1, *seen.ids, *llm.tokenizer.encode("what is", special=True)]
+        with pytest.raises(BadRequest, match="not in the vocabulary"):  # nobody shows the picture
+            llm.start(prompt, llm.defaults)
+        found = list(llm.start(prompt, llm.defaults, Extras(pictures=(seen,))))
+        expected = list(generate(llm.net, prompt, llm.defaults, Marks(llm.tokenizer.eos_ids, 1)))
+    assert found == expected and len(found) > 40 - len(prompt)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The pictures that are looked at."""
+    found: list[Picture] = []
+    look = Llava.look
+
+    def noted(net, picture):
+        found.append(picture)
+        look(net, picture)
+
+    monkeypatch.setattr(Llava, "look", noted)
+    return found
+
+
+def test_what_is_cut_away_or_refused_is_not_looked_at(post, looks):
+    many = [b64(png((40 * n, 9, 9))) for n in range(6)]
+    small = GREEDY | {"num_ctx": 40}
+    body = {"prompt": "a", "images": many, "options": small}
+    post("generate", 400, truncate=False, **body)
+    post("generate", **body | {"options": small | {"num_predict": 0}})
+    assert looks == []
+    assert post("generate", **body)["prompt_eval_count"] <= 40
+    assert 1 <= len(looks) <= 3
+
+
+def test_pictures_that_are_looked_at_are_told(http, sighted):
+    ask = {"model": "llava", "prompt": "a", "progress": True, "options": GREEDY, "n": 2}
+
+    def told(*pictures):
+        body = ask | {"images": [b64(picture) for picture in pictures]}
+        lines = http.post("/api/generate", content=json.dumps(body)).text.splitlines()
+        records = [record for line in lines if (record := json.loads(line).get("progress"))]
+        found: dict[str, list[tuple[int, int]]] = {}
+        for one in records:
+            found.setdefault(one["stage"], []).append((one["completed"], one["total"]))
+        return found
+
+    first = told(RED, BLUE)
+    assert list(first) == ["load", "images", "prompt"]
+    assert first["images"] in ([(0, 2), (2, 2)], [(0, 2), (1, 2), (2, 2)])
+    assert list(told(RED, BLUE)) == ["prompt"]
+    assert told(RED, png((1, 2, 3)))["images"] == [(0, 1), (1, 1)]
+
+
+def test_looking_is_part_of_reading(post, monkeypatch):
+    look = Llava.look
+
+    def slow(*args):
+        time.sleep(0.3)
+        look(*args)
+
+    monkeypatch.setattr(Llava, "look", slow)
+    first = post("generate", prompt="a", images=[b64(RED)])
+    assert 0.3e9 <= first["prompt_eval_duration"] <= first["total_duration"]
+    second = post("generate", prompt="a", images=[b64(RED)])
+    assert second["prompt_eval_duration"] < first["prompt_eval_duration"]
+
+
+def test_nobody_decodes_pictures_for_one_who_has_gone(sighted, monkeypatch):
+    opened: list[bytes] = []
+
+    def pixels(file, *_):
+        opened.append(file)
+        return np.zeros((3, 24, 24), np.float32)
+
+    monkeypatch.setattr("refollama.models.llava.pixels", pixels)
+    ask = Generate("llava", "a", images=tuple(png((n, 0, 0)) for n in range(5)))
+    with pytest.raises(Abandoned):
+        list(sighted.generate(ask, gone=lambda: len(opened) == 2))
+    assert len(opened) == 2
+
+
+def test_eyes_may_see_as_those_of_llama_cpp(tiny, eyes, monkeypatch):
+    def blocks(word):
+        monkeypatch.setenv("REFOLLAMA_VISION", word)
+        service = Service.default(local_files=True)
+        list(service.create(Create("llava", f"FROM {tiny}\nFROM {eyes}")))
+        with service.loaded.lease(*leased(service)) as model:
+            assert isinstance(model.net, Llava)
+            found = len(model.net.v.blk)
+        service.close()
+        return found
+
+    assert (blocks(""), blocks("llama.cpp")) == (2, 1)
+    net = load(tiny, projector=eyes, vision_blocks=-1).net
+    assert isinstance(net, Llava) and len(net.v.blk) == 1
+    with pytest.raises(BadRequest, match="REFOLLAMA_VISION must be empty or 'llama.cpp', not '1'"):
+        blocks("1")
 
 
 def test_who_changes_the_eyes_sees_anew(sighted, post):
@@ -316,12 +486,27 @@ def test_which_picture_is_wrong_is_said(post, images, error):
     assert post("generate", prompt="a", images=[b64(RED)])["done"]  # the server goes on
 
 
+def test_base64_may_stand_in_lines(post):
+    lines = base64.encodebytes(RED).decode()
+    assert lines.count("\n") > 1
+    for text in (lines, lines.replace("\n", "\r\n")):
+        seen = post("generate", prompt="a", images=[text])
+        assert seen["response"] == post("generate", prompt="a", images=[b64(RED)])["response"]
+    for text in (lines.replace("\n", " "), lines.replace("\n", "").rstrip("=")[:-1]):
+        assert post("generate", 400, prompt="a", images=[text])
+
+
 def test_a_mark_without_a_picture_is_refused(post):
     error = "[img-2] stands for no picture: there are 2, from 0 on"
     images = [b64(RED), b64(BLUE)]
     assert post("generate", 400, prompt="is [img-2] it?", images=images)["error"] == error
     said = {"role": "user", "content": "[img-2]", "images": images}
     assert post("chat", 400, messages=[said])["error"] == f"messages[0]: {error}"
+
+
+def test_more_pictures_than_anybody_shows_are_refused(post):
+    said = [{"role": "user", "content": "a", "images": [b64(RED)] * 65}] * 2
+    assert post("chat", 400, messages=said)["error"].startswith("130 images: at most 128")
 
 
 def test_a_model_without_eyes_says_so_before_it_is_loaded(post, monkeypatch):

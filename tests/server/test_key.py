@@ -1,6 +1,7 @@
 """OLLAMA_API_KEY: on a shared machine only those are heard who send it."""
 
 import hashlib
+import logging
 from contextlib import closing
 
 import httpx
@@ -13,6 +14,7 @@ from refollama.client import Client
 from refollama.errors import BadRequest, RefollamaError
 from refollama.server.app import create_app
 from refollama.server.guard import Rules
+from refollama.server.run import _tell_who_may_ask
 from tests.server.process import running
 from tests.server.test_intake import header, parsed
 
@@ -99,6 +101,22 @@ def test_a_key_that_no_header_carries_is_told_on_both_sides(service, monkeypatch
         create_app(service)
     with pytest.raises(BadRequest, match="OLLAMA_API_KEY"):
         Client("127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "said"),
+    [
+        ("127.0.0.1", "", ""),
+        ("127.0.0.1", KEY, "requests must carry it"),
+        ("0.0.0.0", KEY, "requests must carry it"),
+        ("0.0.0.0", "", "everybody who can reach 0.0.0.0 may use this server"),
+    ],
+)
+def test_the_log_says_who_may_ask(monkeypatch, caplog, host, key, said):
+    monkeypatch.setenv("OLLAMA_API_KEY", key)
+    caplog.set_level(logging.INFO, "refollama")
+    _tell_who_may_ask(host, Rules(loopback=True))
+    assert said in caplog.text and bool(said) == bool(caplog.text) and KEY not in caplog.text
 
 
 @pytest.mark.parametrize(("sent", "large"), [(None, False), ("Bearer x", False), (KEY, True)])
