@@ -246,6 +246,7 @@ def test_packed_eyes_see_what_their_unpacked_values_would(type, tmp_path):
         ({"keys": {"clip.vision.attention.head_count": 5}}, FormatError, "multiple"),
         ({"keys": {"clip.vision.image_size": 3}}, FormatError, "patches"),
         ({"keys": {"clip.vision.image_size": 0}}, FormatError, "image_size is 0"),
+        ({"keys": {"clip.vision.image_size": 390}}, FormatError, "1 to 4096 patches"),
         ({"keys": {"clip.vision.image_size": 30}}, FormatError, "position_embd"),
         ({"kind": "ldpv2", "image_size": 6}, FormatError, "no rows"),
         ({"drop": "v.class_embd"}, FormatError, "v.class_embd is missing"),
