@@ -26,7 +26,12 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 class Said(list[int]):
+    """The ids of an answer, as an engine streams them."""
+
     sequence: types.SimpleNamespace
+
+    def items(self):
+        return iter(self)
 
 
 @pytest.fixture(params=["control", "text"])
