@@ -206,13 +206,16 @@ def test_parts_elsewhere_go_beside_each_other_but_not_all_of_them(registry, send
 
 def test_a_part_that_its_storage_drops_goes_there_again(registry, send):
     registry.redirect_uploads = True
-    left = [503, 500]
+    refusals = iter((500, 503))
 
     def hook(exchange):
-        if not exchange.path.startswith("/storage/") or not left:
+        if not exchange.path.startswith("/storage/"):
+            return False
+        status = next(refusals, None)  # at once: parts come side by side
+        if status is None:
             return False
         exchange.body()
-        exchange.answer(left.pop())
+        exchange.answer(status)
         return True
 
     registry.hook = hook
