@@ -627,12 +627,13 @@ def test_logprobs_of_every_token_and_of_the_end(engine):
     assert all(one.best[0] == (one.id, one.logprob) for one in noted)
 
 
-def test_num_thread_holds_for_the_steps_of_that_request(engine):
+def test_num_thread_holds_for_the_steps_of_that_request(engine, measured):
     before, seen = torch.get_num_threads(), []
     one = engine(FakeNet(before_step=lambda tokens: seen.append(torch.get_num_threads())))
     for count in (1, 0, 1024):
         list(one.stream([1], GREEDY.updated({"num_thread": count})))
     assert seen == [1] * 20 + [before] * 20 + [os.cpu_count()] * 20
+    measured("options", "num_thread", "definition", "equal")
 
 
 # ── when something breaks, or changes ─────────────────────────────────────────────────────────
