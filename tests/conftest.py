@@ -1,6 +1,7 @@
 """Fixtures for everybody: small models, a home of its own, and the folder of recorded answers."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Tests that run side by side share the cores; set before torch is imported, which reads it.
     share = max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+# What a shell starts in the background ignores Ctrl-C, and our own processes would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.fidelity"]
 
