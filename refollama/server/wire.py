@@ -227,28 +227,14 @@ def read_generate(raw: bytes) -> Generate:
     """The body of POST /api/generate."""
     body = Body(raw)
     return Generate(
-        model=body.text("model", "name"),
+        **_of_both(body),
         prompt=body.text("prompt"),
         system=body.text("system"),
         template=body.text("template"),
         context=body.ids("context"),
-        options=body.mapping("options"),
-        strict=body.flag("strict", False),
-        keep_alive=body.keep_alive(),
         raw=body.flag("raw", False),
         suffix=body.text("suffix"),
         images=body.images(),
-        think=body.think(),
-        format=body.value("format"),
-        debug_render_only=body.flag("_debug_render_only", False),
-        truncate=body.flag("truncate", True),
-        shift=body.flag("shift", True),
-        logprobs=body.flag("logprobs", False),
-        top_logprobs=body.integer("top_logprobs", 0),
-        logprob_tokens=body.tokens("logprob_tokens"),
-        n=body.integer("n", 1),
-        progress=body.flag("progress", False),
-        stream=body.flag("stream", True),
     )
 
 
@@ -256,24 +242,31 @@ def read_chat(raw: bytes) -> Chat:
     """The body of POST /api/chat."""
     body = Body(raw)
     return Chat(
-        model=body.text("model", "name"),
+        **_of_both(body),
         messages=tuple(map(_message, body.objects("messages"))),
         tools=body.tools(),
-        think=body.think(),
-        format=body.value("format"),
-        options=body.mapping("options"),
-        strict=body.flag("strict", False),
-        keep_alive=body.keep_alive(),
-        truncate=body.flag("truncate", True),
-        shift=body.flag("shift", True),
-        logprobs=body.flag("logprobs", False),
-        top_logprobs=body.integer("top_logprobs", 0),
-        logprob_tokens=body.tokens("logprob_tokens"),
-        n=body.integer("n", 1),
-        progress=body.flag("progress", False),
-        debug_render_only=body.flag("_debug_render_only", False),
-        stream=body.flag("stream", True),
     )
+
+
+def _of_both(body: Body) -> dict[str, Any]:
+    """What a prompt and a conversation may both be asked with."""
+    return {
+        "model": body.text("model", "name"),
+        "options": body.mapping("options"),
+        "strict": body.flag("strict", False),
+        "keep_alive": body.keep_alive(),
+        "think": body.think(),
+        "format": body.value("format"),
+        "truncate": body.flag("truncate", True),
+        "shift": body.flag("shift", True),
+        "logprobs": body.flag("logprobs", False),
+        "top_logprobs": body.integer("top_logprobs", 0),
+        "logprob_tokens": body.tokens("logprob_tokens"),
+        "n": body.integer("n", 1),
+        "progress": body.flag("progress", False),
+        "debug_render_only": body.flag("_debug_render_only", False),
+        "stream": body.flag("stream", True),
+    }
 
 
 def _message(body: Body) -> Message:
