@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,9 +19,9 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.utilities import Error
 
-from refollama.errors import BadRequest
+from refollama.errors import BadRequest, StoreError
 from refollama.server.guard import Rules
-from refollama.store.blobs import checked_digest
+from refollama.store.blobs import checked_digest, free_space
 
 UPLOADS = "/api/blobs/"
 
@@ -109,9 +108,8 @@ class Refusal(Error):  # type: ignore[misc]
 
 
 def _free(folder: Path) -> int:
-    """Free bytes of the disk that this folder lies on, or will lie on."""
-    there = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))
+    """Bytes that may be written there."""
     try:
-        return shutil.disk_usage(there).free
-    except OSError:  # nobody knows; a full disk will say so itself
+        return free_space(folder)
+    except StoreError:  # nobody knows; a full disk will say so itself
         return sys.maxsize

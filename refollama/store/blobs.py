@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections import Counter
@@ -221,6 +222,13 @@ def disk(doing: str) -> Iterator[None]:
         log.warning("%s: %s", doing, error)
         reason = _SENTENCES.get(error.errno or 0, error.strerror or "unknown error")
         raise StoreError(f"{doing}: {reason}") from error
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that may be written to the disk on which a folder lies, or will lie."""
+    with disk("looking for free space"):
+        there = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))
+        return shutil.disk_usage(there).free
 
 
 @contextmanager

@@ -56,6 +56,11 @@ class Layer:
     size: int  # bytes
     from_: str = ""  # short name of the model that it was inherited from
 
+    @property
+    def short(self) -> str:
+        """Enough of its digest to know it again."""
+        return self.digest.removeprefix("sha256:")[:12]
+
     def to_dict(self) -> dict[str, Any]:
         base = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
         return base | ({"from": self.from_} if self.from_ else {})

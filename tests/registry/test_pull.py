@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import os
+import shutil
 import threading
 import time
 from functools import partial
@@ -428,7 +428,7 @@ def room(monkeypatch):
     """So many bytes are free on the disk."""
 
     def set_free(size):
-        found = SimpleNamespace(f_bavail=size, f_frsize=1)
-        monkeypatch.setattr(os, "statvfs", lambda folder: found)
+        found = SimpleNamespace(free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: found)
 
     return set_free

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import httpx
 from refollama.errors import FormatError, RegistryError, StoreError, Unauthorized
 from refollama.messages import Progress
 from refollama.store import TEXT_LIMIT, Store
-from refollama.store.blobs import disk
+from refollama.store.blobs import free_space
 from refollama.store.manifest import MANIFEST, READ_LIMIT, Layer, Manifest
 from refollama.store.name import Name, scheme_of
 from refollama.store.parts import left_over
@@ -124,21 +123,12 @@ def _check_space(store: Store, manifest: Manifest) -> None:
         for layer in (*manifest.layers, manifest.config)
         if not is_here(blobs, layer)
     }
-    needed, free = sum(missing.values()) + SPARE, _free(blobs.folder)
+    needed, free = sum(missing.values()) + SPARE, free_space(blobs.folder)
     if missing and needed > free:
         raise StoreError(
             f"{_shown(needed)} are needed, but only {_shown(free)} are free where the "
             "models are: free some space or set OLLAMA_MODELS to another disk"
         )
-
-
-def _free(folder: Path) -> int:
-    """Bytes that we may write to the disk on which a folder lies, or will lie."""
-    with disk("looking for free space"):
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
 
 
 def _shown(size: int) -> str:
@@ -152,7 +142,7 @@ def _blob(
     downloads: Downloads, line: Line, layer: Layer, gone: Gone
 ) -> Generator[Progress, None, None]:
     """One event for a blob that is here already; else as many as its way takes."""
-    at = Progress(f"pulling {_short(layer)}", digest=layer.digest, total=layer.size)
+    at = Progress(f"pulling {layer.short}", digest=layer.digest, total=layer.size)
     while not is_here(downloads.blobs, layer):
         with downloads.joined(line, layer) as download:
             yield from _begun(download, layer, gone)
@@ -172,7 +162,7 @@ def _begun(download: Download, layer: Layer, gone: Gone) -> Generator[Progress, 
     while not download.begun.wait(PROGRESS_EVERY):
         check_gone(gone)
         if download.waits:
-            yield Progress(f"waiting for another process that pulls {_short(layer)}")
+            yield Progress(f"waiting for another process that pulls {layer.short}")
 
 
 def _ended(download: Download, gone: Gone) -> bool:
@@ -187,8 +177,3 @@ def _check_failure(download: Download, line: Line) -> None:
     foreign = download.source != line.source and isinstance(download.failure, RegistryError)
     if download.failure is not None and not foreign:
         raise download.failure
-
-
-def _short(layer: Layer) -> str:
-    """Enough of a digest to know it again."""
-    return layer.digest.removeprefix("sha256:")[:12]

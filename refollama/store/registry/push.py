@@ -97,8 +97,7 @@ def _blob(
 ) -> Generator[Progress, None, None]:
     """One event for a blob that is there already; else one more when it begins to go out, as the
     document of 2023 has it, and as many as its way takes."""
-    digits = layer.digest.removeprefix("sha256:")
-    at = Progress(f"pushing {digits[:12]}", digest=layer.digest, total=layer.size)
+    at = Progress(f"pushing {layer.short}", digest=layer.digest, total=layer.size)
 
     def leave() -> None:
         upload.cancel()
