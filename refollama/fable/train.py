@@ -2,7 +2,7 @@
 
     step ──► batch: conversations, packed into rows ──► the net ──► loss on the answers
       ▲                                                                 │
-      └──────────────── AdamW: weights a little better ◄────────────────┘
+      └─────────── Muon, AdamW: weights a little better ◄───────────────┘
 
 A batch is a function of seed and step alone, so a run that was stopped goes on as if it had not
 been. At the end the weights are packed and written as a GGUF file, by which fable runs.
@@ -17,13 +17,16 @@ Rows of 256 would take 1.5 seconds for as many tokens, but a quarter of the text
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -34,19 +37,22 @@ from torch.nn import functional
 import refollama
 from refollama.fable.evaluate import Case, Model, cases, evaluate, totals
 from refollama.fable.lessons import conversation
-from refollama.fable.net import CONTEXT, new_net, packed, read, sizes, weights
+from refollama.fable.muon import Muon
+from refollama.fable.net import CONTEXT, TABLES, new_net, packed, read, sizes, weights
 from refollama.fable.vocabulary import ASSISTANT, TEMPLATE, learn, written
 from refollama.models.llama import Llama
 from refollama.text.spm import SpmTokenizer
 from refollama.weights.gguf import Typed, write_gguf
 
 FULL = 0.96  # of a batch that conversations fill on average
-WARM_UP = 200  # steps; the first gradients are the wildest
+WARM_UP = 50  # steps; the first gradients are the wildest
 FLOOR = 0.02  # of the peak: the rate at the very end
 CLIP = 1.0  # no step follows a gradient longer than this
 DECAY = 0.05  # of matrices, each step, times the rate
 BETAS = (0.9, 0.95)
 SAVED_EVERY = 120.0  # seconds
+TOLD_EVERY = 20  # steps, of which the mean loss is kept
+HISTORY = "training.json"
 NO_TARGET = -100
 Q8_0_FILE = 7  # `general.file_type`
 MODELFILE = (
@@ -63,9 +69,9 @@ class Plan:
     """All that decides what is learned, apart from the code."""
 
     seed: int = 0
-    steps: int = 7000
+    steps: int = 3400
     rows: int = 8  # in a batch
-    rate: float = 3e-3  # of learning, at its peak
+    rate: float = 6e-3  # of learning, at its peak
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────
@@ -152,10 +158,11 @@ class Training:
         self.metadata = self.described()
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
-        self.optimizer = _optimizer(self.net, plan.rate)
+        self.optimizers = _optimizers(self.net, plan.rate)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.marks: list[dict[str, Any]] = []  # of kept-out questions, along the way
 
     def described(self) -> dict[str, Any]:
         """The metadata of the file: sizes and vocabulary."""
@@ -168,14 +175,15 @@ class Training:
 
     def advance(self, progress: float) -> float:
         """One step, at this part of the way (0 to 1).  → its loss, in nats a token"""
-        for group in self.optimizer.param_groups:
+        for group in chain.from_iterable(one.param_groups for one in self.optimizers):
             group["lr"] = self.plan.rate * rate_at(self.step, progress)
-        loss = self.surprise(self.step)
         with _same_order(strict=self.device == "cpu"):
+            loss = self.surprise(self.step)
             torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(weights(self.net).values(), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for one in self.optimizers:
+            one.step()
+            one.zero_grad()
         self.step += 1
         self.losses.append(round(loss.item(), 4))
         return self.losses[-1]
@@ -197,10 +205,11 @@ class Training:
             "plan": asdict(self.plan),
             "words": self.tokenizer.vocabulary.tokens,
             "weights": {name: w.detach() for name, w in weights(self.net).items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [one.state_dict() for one in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "losses": self.losses,
+            "marks": self.marks,
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -217,8 +226,10 @@ class Training:
         with torch.no_grad():
             for name, weight in weights(self.net).items():
                 weight.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        for one, its in zip(self.optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(its)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses, self.marks = state["losses"], state["marks"]
 
     def loaded(self, folder: Path) -> Model:
         """What `write` has written, as users have it."""
@@ -233,6 +244,18 @@ class Training:
         write_gguf(folder / f"{self.name}.gguf", self.metadata | about(self.name), packed(self.net))
         text = MODELFILE.format(file=f"./{self.name}.gguf", row=self.row)
         (folder / "Modelfile").write_text(text)
+
+    def history(self) -> dict[str, Any]:
+        """How it went, for plots: the plan, minutes, mean losses of so many steps, marks."""
+        starts = range(0, len(self.losses), TOLD_EVERY)
+        means = [mean(self.losses[start : start + TOLD_EVERY]) for start in starts]
+        return {
+            "plan": asdict(self.plan),
+            "minutes": round(self.seconds / 60, 1),
+            "every": TOLD_EVERY,
+            "losses": [round(loss, 4) for loss in means],
+            "marks": self.marks,
+        }
 
 
 def about(name: str) -> dict[str, Any]:
@@ -257,15 +280,20 @@ def rate_at(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP) * down
 
 
-def _optimizer(net: Llama, rate: float) -> torch.optim.Optimizer:
-    """Matrices decay; norms do not."""
-    matrices = [w for w in weights(net).values() if w.dim() > 1]
-    norms = [w for w in weights(net).values() if w.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": DECAY},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+def _optimizers(net: Llama, rate: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of blocks; AdamW for tables, norms, biases and windows.
+
+    What is multiplied by decays; what is looked up or added does not.
+    """
+    hidden: list[Tensor] = []
+    other: list[Tensor] = []
+    for name, weight in weights(net).items():
+        multiplied = weight.dim() == 2 and name != "token_embd.weight" and name not in TABLES
+        (hidden if multiplied else other).append(weight)
+    return (
+        Muon(hidden, lr=rate, weight_decay=DECAY),
+        torch.optim.AdamW(other, lr=rate, betas=BETAS, weight_decay=0.0, fused=True),
+    )
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +305,7 @@ def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(training: Training, minutes: float, folder: Path, watch: float = 0) -> None:
-    """Learn until the plan's steps or the minutes are over, then write the model.
+    """Learn until the plan's steps or the minutes are over, then write the model and its history.
 
     watch: minutes of learning after which it is asked some questions; 0: never.
     """
@@ -289,16 +317,16 @@ def run(training: Training, minutes: float, folder: Path, watch: float = 0) -> N
             start = time.monotonic()
             training.advance(max(training.step / plan.steps, training.seconds / limit))
             training.seconds += time.monotonic() - start
-            recent = training.losses[-50:]
             speed = training.step * plan.rows * training.row * FULL / training.seconds
-            mean = sum(recent) / len(recent)
-            bar.update(task, completed=training.step, loss=mean, speed=speed)
+            loss = mean(training.losses[-50:])
+            bar.update(task, completed=training.step, loss=loss, speed=speed)
             if saves.is_due():
                 training.save(checkpoint_of(training, folder))
             if looks.is_due():
-                bar.console.print(progress(training, folder, mean), highlight=False)
+                bar.console.print(progress(training, folder, loss), highlight=False)
     training.save(checkpoint_of(training, folder))
     training.write(folder)
+    (folder / HISTORY).write_text(json.dumps(training.history()) + "\n")
 
 
 class _Every:
@@ -319,6 +347,7 @@ def progress(training: Training, folder: Path, loss: float) -> str:
     training.write(folder)
     with torch.no_grad():
         marks = totals(evaluate(training.loaded(folder), training.questions(), quiet=True))
+    training.marks.append({"step": training.step, **marks})
     right = ", ".join(f"{mark} {percent:.0f} %" for mark, percent in marks.items())
     return f"{training.seconds / 60:.0f} min  step {training.step}  loss {loss:.3f}  {right}"
 

@@ -204,7 +204,7 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=9000, rows=16, rate=2e-3)
+    usual = Plan(steps=5200, rows=16, rate=4e-3)
     row = ROW
 
     def described(self) -> dict[str, Any]:
