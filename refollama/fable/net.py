@@ -26,19 +26,20 @@ from refollama.weights.quants import pack
 SHARED = -2  # the number of tokens that all conversations of a row see: those of a picture
 CONTEXT = 512  # tokens that the model learns to look back on
 SIZES: Mapping[str, int | float] = {
-    "block_count": 5,
+    "block_count": 6,
     "context_length": CONTEXT,
-    "embedding_length": 192,
-    "feed_forward_length": 512,
+    "embedding_length": 128,
+    "feed_forward_length": 352,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,  # two query heads share a key head
-    "rope.dimension_count": 48,
+    "rope.dimension_count": 32,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
 
 # Tables that are no module's: what a file calls them.  They are looked up, not multiplied by.
 TABLES = {"v.position_embd": "v.position_embd.weight"}
 WRITERS = ("attn_output", "attn_out", "ffn_down")  # matrices that write into the residual stream
+ALIKE = 0.7  # how much of keys is queries at first, and of writing is reading
 EMBEDDING_SPREAD = 0.04  # tied: as rows of the output they give logits of about ½ at first
 
 
@@ -52,7 +53,33 @@ def new_net(
 ) -> Llama:
     """A model that has learned nothing yet, of the sizes that the metadata names."""
     config = ModelConfig.from_metadata(metadata)
-    return Llama(config, NewParts(n_vocab, len(config.layers), seed, device), Learner)
+    net = Llama(config, NewParts(n_vocab, len(config.layers), seed, device), Learner)
+    begin_by_copying(net)
+    return net
+
+
+@torch.no_grad()
+def begin_by_copying(net: Llama) -> None:
+    """Heads begin by looking at what is like the token that asks, and by saying what they see.
+
+    In part: keys are made as the queries of their group's first head, and what a head mixes is
+    written back through the transpose of what it was read by. To find such heads by chance takes
+    a small model hundreds of steps.
+    Source: Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention Layers".
+    """
+    for block in net.blk:
+        config = block.config
+        groups, D, M = config.n_kv_heads, config.d_head, config.d_model
+        q = block.attn_q.weight.view(groups, -1, D, M)
+        _nearer(block.attn_k.weight, q[:, 0].reshape(groups * D, M))
+        v = block.attn_v.weight.view(groups, 1, D, M).expand_as(q).reshape(-1, M)
+        damping = (2 * len(net.blk)) ** -0.5
+        _nearer(block.attn_output.weight, damping * v.T)
+
+
+def _nearer(weight: Tensor, other: Tensor) -> None:
+    """A mixture that is as large as either."""
+    weight.mul_((1 - ALIKE**2) ** 0.5).add_(other, alpha=ALIKE)
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:

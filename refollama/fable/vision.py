@@ -20,7 +20,7 @@ from torch import Tensor
 import refollama
 from refollama.fable.drawings import MEAN, PLACES, SHAPES, SIDE, STD, Drawing, pixels
 from refollama.fable.evaluate import Case, Model, cases_of_pictures
-from refollama.fable.net import SHARED, Learner, NewParts, packed, sizes
+from refollama.fable.net import SHARED, Learner, NewParts, begin_by_copying, packed, sizes
 from refollama.fable.seeing import Viewing, plural, viewing
 from refollama.fable.train import MODELFILE, NO_TARGET, Batch, Plan, Training, about, answers
 from refollama.fable.vocabulary import ASSISTANT, END, USER, learn_from
@@ -141,6 +141,7 @@ def new_seeing(metadata: Mapping[str, Any], n_vocab: int, *, seed: int, device: 
     sight = NewEyes(0, clip.n_blocks, seed + 1, device)
     eyes = Eyes(Clip(clip, sight), projector(clip, sight, "mlp"))
     net = Llava(config, NewParts(n_vocab, len(config.layers), seed, device), Learner, eyes)
+    begin_by_copying(net)
     net.token_embd = Beheld(net.token_embd.weight, net.token_embd.unpack)
     return net
 
@@ -204,7 +205,7 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=5200, rows=16, rate=4e-3)
+    usual = Plan(steps=4000, rows=16, rate=8e-3)
     row = ROW
 
     def described(self) -> dict[str, Any]:

@@ -72,6 +72,19 @@ def test_a_seed_decides_the_first_weights():
     assert not torch.equal(one[name], other[name])
 
 
+@torch.no_grad()
+def test_heads_begin_by_looking_at_what_is_alike_and_by_copying_it(learner):
+    """What a token asks with is most like its own key, and what it then adds most like itself."""
+    block = learner.blk[0]
+    x = torch.randn(200, block.config.d_model, generator=torch.Generator().manual_seed(2))
+    D = block.config.d_head
+    scores = block.attn_q(x)[:, :D] @ block.attn_k(x)[:, :D].T
+    assert scores.diagonal().mean() > 1.5 * scores.std()
+    v = block.attn_v(x).view(200, -1, 1, D).expand(-1, -1, 2, -1).reshape(200, -1)
+    likeness = torch.cosine_similarity(block.attn_output(v)[:, None], x[None], dim=2)
+    assert likeness.diagonal().mean() > 2 * likeness.std()
+
+
 def test_a_lesson_shows_what_came_before_and_no_more():
     visible = Lesson(torch.tensor([[0, 0, 1, 1]])).visible[0, 0]
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
