@@ -22,7 +22,16 @@ from refollama.fable.drawings import MEAN, PLACES, SHAPES, SIDE, STD, Drawing, p
 from refollama.fable.evaluate import Case, Model, cases_of_pictures
 from refollama.fable.net import SHARED, Learner, NewParts, begin_by_copying, packed, sizes
 from refollama.fable.seeing import Viewing, plural, viewing
-from refollama.fable.train import MODELFILE, NO_TARGET, Batch, Plan, Training, about, answers
+from refollama.fable.train import (
+    MODELFILE,
+    NO_TARGET,
+    Batch,
+    Plan,
+    Surprise,
+    Training,
+    about,
+    answers,
+)
 from refollama.fable.vocabulary import ASSISTANT, END, USER, learn_from
 from refollama.fable.world import COLOURS, NUMBERS
 from refollama.models.clip import Clip, ClipConfig
@@ -42,6 +51,8 @@ WIDTH = 128  # of tower and language model
 PIECES = 1536
 SAMPLE = 1500  # conversations that are counted for the vocabulary
 COPIED = (*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS[:5], *" ".join(PLACES).split())
+DECISIVE = (*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS[:5], "no", "yes")
+DECISIVE += ("top", "bottom", "left", "right", "middle", "big", "small", "bigger", "smaller")
 POSITION_SPREAD = 0.3  # where a patch is should count beside what is in it
 
 LANGUAGE: Mapping[str, int] = {
@@ -205,8 +216,9 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=4000, rows=16, rate=8e-3)
+    usual = Plan(steps=3500, rows=16, rate=8e-3)
     row = ROW
+    decisive = DECISIVE
 
     def described(self) -> dict[str, Any]:
         """A vocabulary of its own: of what is asked about pictures."""
@@ -220,7 +232,7 @@ class Seeing(Training):
         n_vocab = self.tokenizer.vocab_size
         return new_seeing(self.metadata, n_vocab, seed=self.plan.seed, device=self.device)
 
-    def surprise(self, step: int) -> Tensor:
+    def surprise(self, step: int) -> Surprise:
         """Look at the drawings of a step, then answer what is asked about them."""
         given = views(self.plan, self.tokenizer, step)
         net, words = self.net, self.net.token_embd

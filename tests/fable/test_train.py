@@ -15,7 +15,7 @@ import torch
 import refollama
 from refollama.fable import train
 from refollama.fable.evaluate import cases
-from refollama.fable.net import CONTEXT, sizes, weights
+from refollama.fable.net import CONTEXT, read, sizes, weights
 from refollama.fable.train import NO_TARGET, Plan, Training, batch, parser, rate_at
 from refollama.fable.vocabulary import ASSISTANT
 
@@ -66,6 +66,33 @@ def test_the_help_says_what_the_options_do():
     text = parser().format_help()
     for option in ("--seed", "--minutes", "--resume", "--out", "--compile", "--device", "--watch"):
         assert option in text
+
+
+def test_decisive_words_count_for_more_in_every_spelling(words):
+    found = train.worth(words, Training.decisive)
+    of = {text: found[words.encode(text)].tolist() for text in (" Lily", "Lily", " LILY", " 7")}
+    assert all(set(weights) == {train.DECISIVE} for weights in of.values())
+    assert found[words.encode(" is called.")].tolist() == [1.0] * len(words.encode(" is called."))
+
+
+@pytest.mark.slow
+def test_the_loss_is_a_mean_in_which_some_tokens_count_for_more(small):
+    """Against a loop over tokens; what is told is the plain mean."""
+    run = Training(PLAN)
+    tokens, conversations, targets = given = batch(PLAN, run.tokenizer, 0)
+    logits = run.net.output(read(run.net, tokens, conversations)).log_softmax(-1)
+    pairs = [
+        (-logits[row, at, id].item(), run.worth[id].item())
+        for row, ids in enumerate(targets.tolist())
+        for at, id in enumerate(ids)
+        if id != NO_TARGET
+    ]
+    plain, weighed = run.loss(given)
+    assert plain.item() == pytest.approx(sum(nats for nats, _ in pairs) / len(pairs), rel=1e-4)
+    whole = sum(worth for _, worth in pairs)
+    expected = sum(nats * worth for nats, worth in pairs) / whole
+    assert weighed.item() == pytest.approx(expected, rel=1e-4)
+    assert whole > 1.5 * len(pairs)
 
 
 @pytest.fixture
