@@ -124,6 +124,12 @@ class Blobs:
             chunks = iter(lambda: _read_chunk(file), b"")
             return (yield from self._write(chunks, "", hold, lambda: _still(file, before, source)))
 
+    def add_pieces(
+        self, pieces: Iterable[bytes | memoryview], *, hold: bool = False
+    ) -> Generator[int, None, str]:
+        """Store bytes as they are made, yielding the count so far; returns the digest."""
+        return (yield from self._write(pieces, "", hold))
+
     def adopt(self, written: Path, digest: str) -> None:
         """Name a file in the folder of blobs, whose bytes are on the disk and have this digest.
 
@@ -133,7 +139,7 @@ class Blobs:
 
     def _write(
         self,
-        chunks: Iterable[bytes],
+        chunks: Iterable[bytes | memoryview],
         expected: str,
         hold: bool,
         check: Callable[[], None] = lambda: None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from refollama.errors import FormatError, ModelNotFound, StoreError
@@ -45,6 +45,10 @@ class Draft:
     def add_file(self, source: Path) -> Generator[int, None, str]:
         """Copy a file into the store, yielding the bytes done so far; returns the digest."""
         return self._kept((yield from self._blobs.add_file(source, hold=True)))
+
+    def add_pieces(self, pieces: Iterable[bytes | memoryview]) -> Generator[int, None, str]:
+        """Store what is made piece by piece, yielding the bytes so far; returns the digest."""
+        return self._kept((yield from self._blobs.add_pieces(pieces, hold=True)))
 
     def use(self, digest: str) -> str:
         """Rely on a blob that is there already."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sentencepiece
 
 from refollama.errors import FormatError, UnsupportedModel
+from refollama.text.pieces import Pieces, Row, write
 from refollama.text.tokenizer import (
     SURROGATES,
     UNBOUNDED,
@@ -115,14 +116,7 @@ def _byte(id: int, token: str) -> bytes:
 
 # ------------------------------------------------------------------- a model out of its columns
 
-# Field numbers and kinds of sentencepiece_model.proto.
-_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
-_TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
-_MODEL_TYPE, _BPE, _BYTE_FALLBACK = 3, 2, 35  # of TrainerSpec
-_NAME, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE = 1, 3, 4, 5  # of NormalizerSpec
-
-_Row = tuple[str, float, int]  # a piece of the library's model: text, score, type
-_UNKNOWN: _Row = ("<unk>", 0.0, TokenType.UNKNOWN)
+_UNKNOWN: Row = ("<unk>", 0.0, TokenType.UNKNOWN)
 
 
 def _rebuilt(
@@ -134,11 +128,11 @@ def _rebuilt(
     """
     bytes_ = _byte_ids(vocabulary)
     merged = _mergeable(vocabulary)
-    rows: list[_Row] = [_UNKNOWN, *((name, 0.0, TokenType.BYTE) for name in bytes_)]
+    rows: list[Row] = [_UNKNOWN, *((name, 0.0, TokenType.BYTE) for name in bytes_)]
     rows += [(text, scores[id], vocabulary.types[id]) for text, id in merged.items()]
     model = sentencepiece.SentencePieceProcessor()
     try:
-        model.LoadFromSerializedProto(_model_proto(rows, byte_fallback=bool(bytes_)))
+        model.LoadFromSerializedProto(write(Pieces(rows, space_prefix=False, escapes=False)))
     except (RuntimeError, OverflowError, struct.error) as error:
         raise FormatError(f"the vocabulary is no SentencePiece model: {error}") from None
     return model, [vocabulary.unknown_id, *bytes_.values(), *merged.values()]
@@ -172,37 +166,3 @@ def _mergeable(vocabulary: Vocabulary) -> dict[str, int]:
     rows = zip(vocabulary.tokens, vocabulary.types, strict=True)
     ids = {text: id for id, (text, kind) in enumerate(rows) if kind in kinds}
     return {t: id for t, id in ids.items() if t not in reserved and not SURROGATES.search(t)}
-
-
-def _model_proto(rows: Iterable[_Row], byte_fallback: bool) -> bytes:
-    """A ModelProto in protobuf's wire format. Spaces stay as they are: this file sees to them."""
-    pieces = (
-        _block(_TEXT, text.encode()) + _float(_SCORE, score) + _number(_TYPE, kind)
-        for text, score, kind in rows
-    )
-    trainer = _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, byte_fallback)
-    normalizer = _block(_NAME, b"identity")
-    normalizer += b"".join(_number(rule, 0) for rule in (_DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE))
-    specs = _block(_TRAINER, trainer) + _block(_NORMALIZER, normalizer)
-    return b"".join(_block(_PIECE, piece) for piece in pieces) + specs
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _block(field: int, payload: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first; the top bit says that more follow."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])

@@ -322,6 +322,7 @@ class Vocabulary:
         unknown = token_id(metadata, "unknown", size, default.unknown_id)
         ends = {token_id(metadata, name, size) for name in END_KEYS}
         ends |= {id for id, token in enumerate(tokens) if token in END_MARKERS}
+        ends |= _more_ends(metadata, size)
         # Llama.cpp's defaults may hit a comma: that one ends an answer, but stays a comma.
         sure = ends | {id for id in (bos, eos) if id is not None and _is_mark(tokens[id])}
         sure.add(token_id(metadata, "bos", size))
@@ -452,6 +453,14 @@ def token_id(
     if key in metadata:
         log.warning("%s is %d, outside the vocabulary of %d tokens; ignored", key, id, size)
     return None
+
+
+def _more_ends(metadata: Mapping[str, Any], size: int) -> set[int]:
+    """`tokenizer.ggml.eos_token_ids`, which Ollama writes where several tokens end an answer."""
+    key = "tokenizer.ggml.eos_token_ids"
+    given = _as_list(key, metadata[key]) if metadata.get(key) is not None else []
+    ids = [_integer(key, value) for value in given]
+    return {id for id in ids if 0 <= id < size}
 
 
 def flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:

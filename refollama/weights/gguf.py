@@ -22,7 +22,7 @@ import stat
 import struct
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -539,12 +539,14 @@ def _shown(name: str) -> str:
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────
 
 Raw = bytes | npt.NDArray[Any]
+Data = Raw | Iterable[Raw]  # pieces are asked for one after another, as they are written
+Tensors = Mapping[str, tuple[int, Sequence[int], Data]]
 
 
 def write_gguf(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, tuple[int, Sequence[int], Raw]],
+    tensors: Tensors,
     *,
     byteorder: ByteOrder = "<",
     version: int = 3,
@@ -554,20 +556,15 @@ def write_gguf(
 
     metadata   key → value or Typed. Untyped, an int is uint32 if that holds it, a float is
                float32; a list has the type that holds all its items; `alignment` is added.
-    tensors    name → (type number, shape outermost first, bytes in the file's byte order).
+    tensors    name → (type number, shape outermost first, bytes or pieces of them in file order).
     Raises: ValueError for what no reader would accept, TypeError for a value of no known type,
     StoreError if the disk says no.
     """
-    if alignment != DEFAULT_ALIGNMENT or "general.alignment" in metadata:
-        metadata = {**metadata, "general.alignment": Typed(alignment, ValueType.UINT32)}
-    head = _encode_header(version, byteorder, metadata, tensors, alignment)
     target = Path(path)
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with partial.open("xb") as file:
-            _write_padded(file, head, alignment if tensors else 1)  # no data: nothing to align
-            for _, _, data in tensors.values():
-                _write_padded(file, data, alignment)
+            file.writelines(encoded(metadata, tensors, byteorder, version, alignment))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
@@ -577,21 +574,38 @@ def write_gguf(
         partial.unlink(missing_ok=True)
 
 
-def _write_padded(file: BinaryIO, data: Raw, alignment: int) -> None:
-    file.write(_plain(data))
-    file.write(bytes(-file.tell() % alignment))
+def encoded(
+    metadata: Mapping[str, Any],
+    tensors: Tensors,
+    byteorder: ByteOrder = "<",
+    version: int = 3,
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a GGUF file in pieces; arguments and errors are those of `write_gguf`."""
+    if alignment != DEFAULT_ALIGNMENT or "general.alignment" in metadata:
+        metadata = {**metadata, "general.alignment": Typed(alignment, ValueType.UINT32)}
+    head = _encode_header(version, byteorder, metadata, tensors, alignment)
+    yield head + bytes(-len(head) % alignment if tensors else 0)  # no data: nothing to align
+    for name, (type, shape, data) in tensors.items():
+        size = 0
+        for piece in [data] if isinstance(data, bytes | np.ndarray) else data:
+            size += _plain(piece).nbytes
+            yield _plain(piece)
+        _check_size(name, type, shape, size)
+        yield bytes(-size % alignment)
 
 
 def _plain(data: Raw) -> memoryview:
     """The bytes, in order, without a copy where they are in order already."""
-    return memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data)
+    raw = data if isinstance(data, bytes) else np.ascontiguousarray(data)
+    return np.frombuffer(raw, np.uint8).data
 
 
 def _encode_header(
     version: int,
     byteorder: ByteOrder,
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, tuple[int, Sequence[int], Raw]],
+    tensors: Tensors,
     alignment: int,
 ) -> bytes:
     """Everything before the padding."""
@@ -611,15 +625,19 @@ def _encode_header(
     return b"".join(parts)
 
 
-def _checked_size(name: str, type: int, shape: Sequence[int], data: Raw) -> int:
+def _checked_size(name: str, type: int, shape: Sequence[int], data: Data) -> int:
     """The tensor's size in bytes, after the checks that a reader makes."""
     block, row = BLOCKS[type], shape[-1] if shape else 1
     if len(shape) > MAX_DIMS or any(dim < 1 for dim in shape) or row % block.values:
         raise ValueError(f"tensor '{name}': {block.name} cannot have the shape {tuple(shape)}")
-    size = _plain(data).nbytes
+    if isinstance(data, bytes | np.ndarray):
+        _check_size(name, type, shape, _plain(data).nbytes)
+    return nbytes(type, shape)
+
+
+def _check_size(name: str, type: int, shape: Sequence[int], size: int) -> None:
     if size != nbytes(type, shape):
         raise ValueError(f"tensor '{name}': {nbytes(type, shape)} bytes expected, not {size}")
-    return size
 
 
 def _encode_name(byteorder: ByteOrder, name: str, longest: int) -> bytes:

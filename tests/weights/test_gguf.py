@@ -705,3 +705,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_the_format_is_read_without_torch():
     program = "import sys, refollama.weights.gguf; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_tensors_may_come_in_pieces(tmp_path):
+    """The same file as from whole ones; pieces that are too few or too many are no file."""
+
+    def pieces(count):
+        return (np.full(2, at, np.float32) for at in range(count))
+
+    whole = np.concatenate(list(pieces(4)))
+    write_gguf(tmp_path / "whole.gguf", {}, {"x": (0, (4, 2), whole)})
+    write_gguf(tmp_path / "pieces.gguf", {}, {"x": (0, (4, 2), pieces(4))})
+    expected = (tmp_path / "whole.gguf").read_bytes()
+    assert (tmp_path / "pieces.gguf").read_bytes() == expected
+    for count in (3, 5):
+        with pytest.raises(ValueError, match=f"32 bytes expected, not {8 * count}"):
+            write_gguf(tmp_path / "no.gguf", {}, {"x": (0, (4, 2), pieces(count))})
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "pieces.gguf"}
