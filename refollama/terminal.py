@@ -316,7 +316,7 @@ def _bars(unit: str = "") -> Progress:
     console = Console(stderr=True)
     picture = [progress.BarColumn(bar_width=None)] if console.width >= ROOM_FOR_A_BAR else []
     bytes = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
-    counted = [progress.TextColumn("{task.completed}/{task.total} " + unit)]
+    counted = [_counted(unit)]
     columns = (
         progress.TextColumn("{task.description}", markup=False),
         _percent(),
@@ -325,6 +325,22 @@ def _bars(unit: str = "") -> Progress:
         progress.TimeRemainingColumn(compact=True),
     )
     return progress.Progress(*columns, console=console, transient=True, expand=True)
+
+
+def _counted(unit: str) -> ProgressColumn:
+    """How many of how many, and how many in a second, as soon as that is known."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Counted(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if task.total is None:
+                return Text()
+            speed = task.speed or 0
+            rate = f" {speed:,.0f}/s" if speed >= 100 else f" {speed:.3g}/s" if speed else ""
+            return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}{rate}")
+
+    return Counted()
 
 
 def _percent() -> ProgressColumn:
@@ -349,6 +365,18 @@ def bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     with _bars() as display:
         task = display.add_task(text, total=total)
         yield lambda done: display.advance(task, done)
+
+
+@contextmanager
+def counter(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that comes in pieces: call what it gives with those done, and those in all."""
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+        yield lambda done, total: None
+        return
+    with _bars(unit) as display:
+        task = display.add_task(text, total=None)
+        yield lambda done, total: display.update(task, completed=done, total=total)
 
 
 # --- answers ---------------------------------------------------------------------------------

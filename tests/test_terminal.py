@@ -231,6 +231,18 @@ def test_a_bar_for_one_piece_of_work(capsys, monkeypatch):
     assert re.search(r"sending \[x\] .*2\.0/2\.0 MB", work())
 
 
+def test_a_counter_tells_how_many_and_how_fast(capsys, monkeypatch):
+    def work() -> str:
+        with terminal.counter("reading [x]", "windows") as moved:
+            for done in range(1, 4):
+                moved(done, 3)
+        return capsys.readouterr().err
+
+    assert work() == "reading [x]\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert re.search(r"reading \[x\] .*3/3 windows [0-9.,]+/s", work())
+
+
 def reached(stage, completed, total=2000):
     return {"response": "", "progress": {"stage": stage, "completed": completed, "total": total}}
 

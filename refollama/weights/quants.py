@@ -35,7 +35,8 @@ class Layout:
     block: Block
     unpack: Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, values) float32
     words: tuple[tuple[int, int], ...]  # (first byte, width) of each scalar of several bytes
-    pack: Callable[[Tensor], Tensor] | None = None  # (n, values) float32 → (n, nbytes) uint8
+    # (n, values) float32 and, where it can use them, as many weights → (n, nbytes) uint8
+    pack: Callable[..., Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -50,12 +51,19 @@ class Layout:
         cols = data.shape[-1] // self.block.nbytes * self.block.values
         return self.unpack(data.reshape(n, self.block.nbytes)).view(*data.shape[:-1], cols)
 
-    def pack_rows(self, values: Tensor) -> Tensor:
-        """Values → packed rows.  (…, cols) float32 → (…, row_bytes) uint8"""
+    def pack_rows(self, values: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Values → packed rows.  (…, cols) float32 → (…, row_bytes) uint8
+
+        importance: how much an error in each column matters, (cols,), or (E, cols) for values of
+        (E, rows, cols). Layouts without a choice make no use of it.
+        """
         assert self.pack is not None, f"{self.name} cannot be packed"
         n = values.numel() // self.block.values
         row_bytes = values.shape[-1] // self.block.values * self.block.nbytes
-        blocks = self.pack(values.float().reshape(n, self.block.values))
+        given = [values.float()]
+        if importance is not None and self.pack in packing.WEIGHING:
+            given.append(_weights(importance).unsqueeze(-2).expand(values.shape))
+        blocks = self.pack(*(each.reshape(n, self.block.values) for each in given))
         return blocks.reshape(*values.shape[:-1], row_bytes)
 
     def swapped(self, data: Tensor) -> Tensor:
@@ -64,6 +72,9 @@ class Layout:
         for start, width in self.words:
             blocks[:, start : start + width] = blocks[:, start : start + width].flip(1)
         return blocks.view(data.shape)
+
+
+FAINTEST = 1e-4  # the least weight of a column; all have 1 on average
 
 
 # ── plain numbers ────────────────────────────────────────────────────────────────────────────────
@@ -368,9 +379,18 @@ LAYOUTS: Mapping[int, Layout] = {
 }
 
 
-def pack(values: Tensor, type: str) -> Tensor:
-    """Values → packed rows of a type such as "Q8_0".  (…, cols) → (…, row_bytes) uint8"""
-    return LAYOUTS[TYPE_ID[type]].pack_rows(values)
+def pack(values: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
+    """Values → packed rows of a type such as "Q8_0".  (…, cols) → (…, row_bytes) uint8
+
+    importance: see `Layout.pack_rows`.
+    """
+    return LAYOUTS[TYPE_ID[type]].pack_rows(values, importance)
+
+
+def _weights(importance: Tensor) -> Tensor:
+    """Around 1, and nowhere 0: a column that never mattered in a sample may matter elsewhere."""
+    mean = importance.float().mean(-1, keepdim=True)
+    return torch.where(mean > 0, importance / mean, 1.0).clamp(min=FAINTEST)
 
 
 # ── tensors ──────────────────────────────────────────────────────────────────────────────────────

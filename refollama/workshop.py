@@ -1,0 +1,203 @@
+"""The commands on files: they do their work here, without a server.
+
+    perplexity   how well a model foretells a text
+    imatrix      which columns of its matrices matter, while it reads a text
+    quantize     a model, packed as another type
+
+`cli.py` adds them to its own. torch is imported when one of them begins to work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refollama import terminal
+from refollama.errors import BadRequest, NotFound
+
+if TYPE_CHECKING:
+    from refollama.loaded import LoadedModel
+    from refollama.perplexity import Window
+    from refollama.quantize import Change
+
+STDIN = "-"
+
+
+def _examples(*examples: str) -> str:
+    """The end of a help page."""
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+# --- the commands ----------------------------------------------------------------------------
+
+
+@click.command(
+    epilog=_examples(
+        "refollama perplexity tale wiki.test.raw",
+        "refollama perplexity ./tale-Q4_0.gguf wiki.test.raw --chunks 100",
+        "refollama perplexity tale story.txt --num-ctx 128 --stride 32 --verbose",
+    )
+)
+@click.argument("model")
+@click.argument("text")
+@click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--stride", default=0, help="Windows that overlap: each begins so much later.")
+@click.option("--chunks", type=click.IntRange(1), help="No more than so many windows.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what is known after each window.")
+def perplexity(
+    model: str, text: str, num_ctx: int, stride: int, chunks: int | None, verbose: bool
+) -> None:
+    """Measure how well a model foretells a text.
+
+    MODEL is a name or the path of a .gguf file; TEXT is a file in UTF-8, or - for what comes
+    through a pipe. Lower is better; only numbers of the same text and the same windows compare.
+    Windows and stride are those of llama.cpp's tool, so its numbers do.
+    """
+    from refollama import perplexity as measure
+
+    words = _text(text)
+    llm = _loaded(model)
+    found = measure.perplexity(llm, words, num_ctx, stride=stride, chunks=chunks)
+    *_, last = _in_lines(found) if verbose else _with_a_bar(found)
+    click.echo(f"Perplexity: {_told(last)} ({last.so_far.tokens} tokens in {last.of} windows)")
+
+
+def _in_lines(found: Iterable[Window]) -> Iterator[Window]:
+    """Without a bar, which would take these lines for its own and move them to standard error."""
+    for window in found:
+        click.echo(f"[{window.number}/{window.of}] {_told(window)}")
+        yield window
+
+
+def _with_a_bar(found: Iterable[Window]) -> Iterator[Window]:
+    with terminal.counter("reading", "windows") as moved:
+        for window in found:
+            moved(window.number, window.of)
+            yield window
+
+
+def _told(window: Window) -> str:
+    return f"{window.so_far.perplexity:.4f} ± {window.so_far.plus_minus:.5f}"
+
+
+@click.command(
+    epilog=_examples(
+        "refollama imatrix ./tale-F16.gguf calibration.txt -o tale.imatrix.gguf",
+        "refollama imatrix tale calibration.txt -o tale.imatrix.gguf --chunks 100",
+    )
+)
+@click.argument("model")
+@click.argument("text")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The new file.")
+@click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--chunks", type=click.IntRange(1), help="No more than so many windows.")
+@click.option("--process-output", is_flag=True, help="Listen at the output matrix, too.")
+@click.option("-f", "--force", is_flag=True, help="Write over OUT.")
+def imatrix(model: str, text: str, out: Path, force: bool, **given: Any) -> None:
+    """Find out which columns of a model's matrices matter.
+
+    While MODEL reads TEXT, all that its matrices multiply is squared and summed up, column by
+    column. OUT is a GGUF file, as llama.cpp writes and reads it; it helps to quantise the model.
+    """
+    from refollama.imatrix import collect
+    from refollama.weights.importance import write_importance
+
+    words = _text(text)
+    _check_free(out, force)
+    llm = _loaded(model)
+    with terminal.counter("reading", "windows") as moved:
+        found = collect(
+            llm,
+            words,
+            given["num_ctx"],
+            chunks=given["chunks"],
+            output=given["process_output"],
+            told=moved,
+        )
+    write_importance(out, replace(found, datasets=(text,)))
+    click.echo(f"wrote {out}: {len(found.sums)} tensors from {found.chunks} windows")
+
+
+@click.command(
+    epilog=_examples(
+        "refollama quantize tale-F16.gguf tale-Q4_K_M.gguf Q4_K_M",
+        "refollama quantize tale-F16.gguf tale-Q2_K.gguf Q2_K --imatrix tale.imatrix.gguf",
+        "refollama quantize tale-Q8_0.gguf tale-F16.gguf F16    # unpacked",
+    )
+)
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("type")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Spare the columns that matter.")
+@click.option("--allow-requantize", is_flag=True, help="Pack again what is packed: errors add up.")
+@click.option("-f", "--force", is_flag=True, help="Write over OUT.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what became of each tensor.")
+def quantize(source: Path, target: Path, type: str, **given: Any) -> None:
+    """Make a model smaller: pack its weights in fewer bits.
+
+    IN and OUT are .gguf files. TYPE is Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S,
+    Q4_1, Q4_0, Q3_K_L, Q3_K_M, Q3_K_S or Q2_K; or F16, BF16 or F32, which unpack. What is packed is
+    unpacked again and compared: --verbose shows the mean squared error of each tensor.
+    """
+    from refollama.quantize import plan
+    from refollama.weights import open_gguf
+    from refollama.weights.importance import read_importance
+
+    with open_gguf(source) as file:
+        importance = read_importance(given["imatrix"]) if given["imatrix"] else None
+        work = plan(file, type, again=given["allow_requantize"], importance=importance)
+        _check_free(target, given["force"])
+        with terminal.counter("quantising", "weights") as moved:
+            work.write(target, lambda done: moved(done, work.weights))
+    if given["verbose"]:
+        click.echo(terminal.table(_CHANGES, map(_change_row, work.changes, work.errors.values())))
+    size, old = (terminal.human_size(path.stat().st_size) for path in (target, source))
+    bits = target.stat().st_size * 8 / work.weights
+    click.echo(f"wrote {target}: {work.type}, {size}, {bits:.2f} bits for each weight; was {old}")
+
+
+_CHANGES = ("TENSOR", "SHAPE", "WAS", "IS", "MEAN SQUARED ERROR")
+
+
+def _change_row(change: Change, error: float) -> tuple[str, ...]:
+    shape = " × ".join(map(str, change.shape))
+    return change.name, shape, change.old, change.new, f"{error:.3e}" if error else "0"
+
+
+# --- what they share -------------------------------------------------------------------------
+
+
+def _loaded(model: str) -> LoadedModel:
+    from refollama.loaded import load
+
+    with terminal.spinner("loading"):
+        return load(model)
+
+
+def _text(path: str) -> str:
+    """A file's text, without the line feed at its end; the same in llama.cpp."""
+    raw = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    try:
+        return raw.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as problem:
+        name = "standard input" if path == STDIN else path
+        raise BadRequest(f"{name} is not UTF-8 text: see byte {problem.start}") from None
+
+
+def _check_free(path: Path, force: bool) -> None:
+    """Before long work: can this file be written, and may it be, if there is one already?"""
+    if not path.parent.is_dir():
+        raise NotFound(f"{path.parent}: there is no such folder")
+    if force or not path.exists():
+        return
+    if not sys.stdin.isatty():
+        raise BadRequest(f"{path} exists: use --force to write over it")
+    click.confirm(f"{path} exists. Write over it?", abort=True, err=True)
+
+
+COMMANDS = (perplexity, imatrix, quantize)
