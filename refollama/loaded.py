@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from refollama.cachekind import CacheKind
+from refollama.convert import as_files, is_checkpoint
 from refollama.dialogue import (
     Reader,
     Script,
@@ -64,7 +66,7 @@ from refollama.sampling.chain import Grammar, Watch
 from refollama.sampling.grammar import JsonGrammar, Spellings, source
 from refollama.several import check_count, several
 from refollama.sight import Sight, looking
-from refollama.store import ModelFiles, Name, Store
+from refollama.store import Name, Store
 from refollama.telling import Telling, stats, token_ids
 from refollama.text import marks, tokenizer_from
 from refollama.text.tokenizer import Tokenizer, unguarded
@@ -84,38 +86,6 @@ class Answer(NamedTuple):
 
     text: str
     record: Chunk
-
-
-class CacheKind(NamedTuple):
-    """The options that decide what a token's keys are, and where they lie.
-
-    Each choice needs a cache of its own; what makes no difference here is the same choice.
-    """
-
-    f16_kv: bool
-    low_vram: bool
-    rope_frequency_base: float
-    rope_frequency_scale: float
-    n_ctx: int  # the longest context that turns alike; 0 where all do (all but longrope)
-
-    @classmethod
-    def of(cls, options: Options, net: Llama) -> CacheKind:
-        rope, n_ctx = net.config.rope, 0
-        if rope.longrope:
-            long = limits.context(options, net.n_ctx) > rope.trained_on
-            n_ctx = net.n_ctx if long else rope.trained_on
-        base, scale = options.rope_frequency_base, options.rope_frequency_scale
-        return cls(
-            options.f16_kv,
-            options.low_vram and torch.cuda.is_available(),
-            0.0 if base == rope.base else base,
-            0.0 if scale == rope.scale else scale,
-            n_ctx,
-        )
-
-    def turned(self, net: Llama) -> Llama:
-        """The net under the rotation that was chosen; its weights are shared."""
-        return net.with_rope(self.rope_frequency_base, self.rope_frequency_scale, self.n_ctx)
 
 
 class LoadedModel:
@@ -211,6 +181,7 @@ class LoadedModel:
         tools: Sequence[Mapping[str, Any]] = (),
         think: bool | str | None = None,
         format: object = None,
+        logprobs: int | Sequence[str | int] | None = None,
     ) -> Answer: ...
 
     @overload
@@ -223,9 +194,10 @@ class LoadedModel:
         tools: Sequence[Mapping[str, Any]] = (),
         think: bool | str | None = None,
         format: object = None,
+        logprobs: int | Sequence[str | int] | None = None,
     ) -> Iterator[str]: ...
 
-    def chat(
+    def chat(  # noqa: PLR0913
         self,
         messages: Sequence[Message | Mapping[str, Any]],
         options: Mapping[str, Any] | None = None,
@@ -234,28 +206,29 @@ class LoadedModel:
         tools: Sequence[Mapping[str, Any]] = (),
         think: bool | str | None = None,
         format: object = None,
+        logprobs: int | Sequence[str | int] | None = None,
     ) -> Answer | Iterator[str]:
         """The answer to a conversation, through the model's template; `stream` gives its pieces.
 
         Messages: `Message`, or {"role": "user", "content": "hi"}, with "images" (files, or their
         paths) for a model that can see. `record.thinking` and `record.tool_calls` are what else is
-        in the answer.
+        in the answer. logprobs: as `generate` has it.
         Raises: BadRequest, BadOption, TemplateError.
         """
         ask = Chat("", tuple(map(_message, messages)), tuple(tools), think=think, format=format)
-        chunks = self._converse(ask, self.defaults.updated(options or {}))
+        chunks = self._converse(ask, self.defaults.updated(options or {}), self._noting(logprobs))
         if stream:
             return (chunk.text for chunk in chunks if chunk.text)
         whole = gathered(chunks)
         return Answer(whole.text, whole)
 
-    def _converse(self, ask: Chat, options: Options) -> Chunks:
+    def _converse(self, ask: Chat, options: Options, extras: Extras) -> Chunks:
         if not ask.messages:
             raise BadRequest("a conversation needs a message")
         check_messages(ask.messages)
         check_think(ask.think)
         prompt = chat_prompt(self.script, ask, self.reader(options))
-        extras = Extras(grammar=self.grammar(ask.format))
+        extras = replace(extras, grammar=self.grammar(ask.format))
         with closing(converse(self, prompt, options, extras)) as chunks:
             yield from chunks
 
@@ -314,22 +287,21 @@ class LoadedModel:
         if layer is not None and not 0 <= layer <= layers:
             raise BadRequest(f"layer {layer} does not exist: there are 0 … {layers}")
         nothing = torch.zeros(0, self.net.config.d_model)
-        net = CacheKind.of(self.defaults, self.net).turned(self.net)
-        return torch.cat([nothing, *_states(net, ids, layer)])
+        return torch.cat([nothing, *_states(self._net(self.defaults), ids, layer)])
 
-    def score(self, text: str | Sequence[int]) -> Tensor:
-        """How likely the model thinks a given text, token by token.  → (T − 1,) float32
+    def score(self, text: str | Sequence[int], start: int = 0) -> Tensor:
+        """How likely the model thinks a given text, token by token.  → (T − 1 − start,) float32
 
         Log-probabilities in nats of the tokens after the first (BOS, if the model has one), each
-        given those before it: minus their mean is the log of the perplexity.
+        given those before it; `start` leaves out as many. Minus their mean is log(perplexity).
         Takes a text, tokenised as a prompt is, or ids.
         Raises: BadRequest, PromptTooLong.
         """
         ids = torch.tensor(self.tokens(text) if isinstance(text, str) else self._checked(text))
-        states = self.hidden(ids.tolist())[:-1]
+        states, ids = self.hidden(ids.tolist())[start:-1], ids[start + 1 :]
         found = [torch.zeros(0)]
         for some, following in zip(
-            torch.split(states, AT_ONCE), torch.split(ids[1:], AT_ONCE), strict=True
+            torch.split(states, AT_ONCE), torch.split(ids, AT_ONCE), strict=True
         ):
             likely = self._logits(some).log_softmax(-1)
             found.append(likely.gather(1, following[:, None])[:, 0])
@@ -338,7 +310,12 @@ class LoadedModel:
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
         """(T, d_model) → (T, V), on the CPU."""
-        return self.net.output(hidden.to(self.net.output.weight.device)).cpu()
+        output = self._net(self.defaults).output
+        return output(hidden.to(output.weight.device)).cpu()
+
+    def _net(self, options: Options) -> Llama:
+        """The net in the form that these options want; its weights are shared."""
+        return CacheKind.of(options, self.net).turned(self.net)
 
     # ── text in, one vector out ───────────────────────────────────────────────────────────────
 
@@ -387,7 +364,7 @@ class LoadedModel:
             raise BadRequest("the text is empty, and this model has no token to begin with")
         found = []
         with self._reading:
-            for part in _states(CacheKind.of(options, self.net).turned(self.net), ids):
+            for part in _states(self._net(options), ids):
                 self._check_wanted(gone)
                 found.append(part)
         return pool(torch.cat(found), self.net.config.pooling)
@@ -484,7 +461,7 @@ class LoadedModel:
         ids = self._checked(tokens, extras.pictures)
         for _ in self._looking(tokens, options, extras):
             pass
-        kind = (CacheKind.of(options, self.net), *self.net.children())  # a swapped part is another
+        kind = CacheKind.of(options, self.net).with_parts(self.net)
         return self._engines.stream(kind, ids, options, extras)
 
     def _looking(
@@ -615,20 +592,23 @@ def _message(given: Message | Mapping[str, Any]) -> Message:
 # ── loading ───────────────────────────────────────────────────────────────────────────────────
 
 
-def load(
+def load(  # noqa: PLR0913  all that a model can be made of
     model: str | Path,
     options: Mapping[str, Any] | None = None,
     *,
     slots: int = 1,
     projector: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] = (),
     vision_blocks: int | None = None,
     told: Told = unheard,
 ) -> LoadedModel:
-    """A model from a GGUF file, or by its name in the store.
+    """A model from a GGUF file, from a folder of safetensors, or by its name in the store.
 
-    A text is taken for a file if one lies there, else for a name. `options` become its defaults,
+    A text is taken for a file or folder if one lies there, else for a name. A folder is converted
+    first, into a temporary file. `options` become its defaults,
     over those of its Modelfile; those about loading (`num_gpu`, `use_mmap`, …) count only here.
     projector: the file with a vision model's eyes ("mmproj"); a model in the store has its own.
+    adapter: a LoRA's file or folder, or several, after those of a model in the store.
     vision_blocks: so many blocks of its tower are run, in place of what the file says (all that it
     holds, as LLaVA was trained); −1: all but the last, which is what llama.cpp runs.
     told: is called with the bytes that have found their place, and those that there are.
@@ -636,29 +616,51 @@ def load(
     """
     path = Path(model).expanduser()
     chosen, files = Options(), None
+    added = [adapter] if isinstance(adapter, str | Path) else adapter
+    adapters = [Path(one).expanduser() for one in added]
+    if is_checkpoint(path):
+        with as_files(path) as (first, *others):
+            projector = projector or next(iter(others), None)
+            return load(
+                first,
+                options,
+                slots=slots,
+                projector=projector,
+                adapter=adapter,
+                vision_blocks=vision_blocks,
+                told=told,
+            )
     if not path.is_file():
         if isinstance(model, Path) or path.suffix == ".gguf":
             raise NotFound(f"{model}: there is no such file")
         store = Store.default()
         stock(store, str(model))
-        files = runnable(store.resolve(Name.parse(str(model))))
+        files = store.resolve(Name.parse(str(model)))
         path, chosen = files.weights, chosen.updated(files.parameters)
         projector = projector or next(iter(files.projectors), None)
+        adapters = [*files.adapters, *adapters]
     chosen = chosen.updated(options or {})
     eyes = None if projector is None else Path(projector).expanduser()
     llm = load_file(
-        path, chosen, slots=slots, projector=eyes, vision_blocks=vision_blocks, told=told
+        path,
+        chosen,
+        slots=slots,
+        projector=eyes,
+        adapters=adapters,
+        vision_blocks=vision_blocks,
+        told=told,
     )
     llm.script = llm.script if files is None else scripted(llm.script, files)
     return llm
 
 
-def load_file(
+def load_file(  # noqa: PLR0913
     path: Path,
     options: Options = DEFAULTS,
     *,
     slots: int = 1,
     projector: Path | None = None,
+    adapters: Sequence[Path] = (),
     vision_blocks: int | None = None,
     told: Told = unheard,
 ) -> LoadedModel:
@@ -673,7 +675,7 @@ def load_file(
     eyes = None if sight is None else load_eyes(sight, meter.add, vision_blocks)
     try:
         tokenizer = tokenizer_from(file.metadata)
-        net = load_net(file, meter.add, eyes)
+        net = load_net(file, meter.add, eyes, adapters)
     except (FormatError, UnsupportedModel) as error:
         if str(error).startswith(path.name):
             raise
@@ -688,10 +690,3 @@ def load_file(
     warn_if_not_exact()
     script = script_from(file.metadata)
     return LoadedModel(net, tokenizer, defaults=options, slots=slots, script=script)
-
-
-def runnable(files: ModelFiles) -> ModelFiles:
-    """The same files, if we can run all of them.  Raises: UnsupportedModel."""
-    if files.adapters:
-        raise UnsupportedModel(f"model '{files.name}' has an adapter; expected none: not built yet")
-    return files

@@ -17,10 +17,12 @@ from refollama.errors import BadOption
 
 log = logging.getLogger(__name__)
 
-Value = bool | int | float | tuple[str, ...]
+Value = bool | int | float | tuple[str, ...] | tuple[float, ...]
 
 MOST = 2**31 - 1  # no count of tokens is larger
 MOST_STOPS, LONGEST_STOP = 64, 1000  # each character of a stop string costs memory while it runs
+
+MOST_ADAPTERS, LARGEST_SCALE = 64, 1000
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list of strings"}
 
@@ -38,6 +40,10 @@ def _knob(
 
 def _few_and_short(stops: Sequence[str]) -> bool:
     return len(stops) <= MOST_STOPS and all(len(stop) <= LONGEST_STOP for stop in stops)
+
+
+def _few_and_small(scales: Sequence[float]) -> bool:
+    return len(scales) <= MOST_ADAPTERS and all(abs(scale) <= LARGEST_SCALE for scale in scales)
 
 
 def _between(low: float, high: float) -> dict[str, Any]:
@@ -95,6 +101,13 @@ class Options:
     frequency_penalty: float = _knob(0.0, **_between(-1000, 1000))
     penalize_newline: bool = _knob(True)
 
+    # the model's adapters (LoRA)
+    adapters: tuple[float, ...] = _knob(  # how much of each, in the Modelfile's order; () = all
+        (),
+        f"at most {MOST_ADAPTERS} numbers between -{LARGEST_SCALE} and {LARGEST_SCALE}",
+        _few_and_small,
+    )
+
     # how the model is loaded
     num_gpu: int = _knob(-1, **_between(-1, MOST))  # layers on the GPU; -1 = all that fit
     main_gpu: int = _knob(0, **_between(0, 1023))  # which GPU
@@ -130,19 +143,22 @@ class Options:
 
 
 KNOWN = frozenset(f.name for f in dataclasses.fields(Options))
+LISTS = frozenset(f.name for f in dataclasses.fields(Options) if type(f.default) is tuple)
 
 
 def from_text(name: str, values: Sequence[str]) -> Any:
     """The value of `PARAMETER name value…` of a Modelfile, checked, ready for JSON.
 
-    A scalar that is given several times keeps its first value; `stop` keeps all.
+    A scalar that is given several times keeps its first value; `stop` and `adapters` keep all.
     Raises: BadOption for an unknown name or a value that does not fit.
     """
     if name not in KNOWN:
         raise BadOption(f"unknown parameter '{name}'; known are: {', '.join(sorted(KNOWN))}")
-    if name == "stop":
-        return list(Options().updated({"stop": values}).stop)
-    value = _read(name, type(getattr(Options(), name)), values[0])
+    value: Any = list(values)
+    if name == "adapters":
+        value = [_read(name, float, text) for text in values]
+    elif name not in LISTS:
+        value = _read(name, type(getattr(Options(), name)), values[0])
     Options().updated({name: value})
     return value
 
@@ -181,6 +197,8 @@ def _checked(field: dataclasses.Field[Any], value: object) -> Value:
 
 def _fit(name: str, kind: type, value: object) -> Value:
     """JSON's types to ours: ints pass as floats, fractions are cut off, bools are no numbers."""
+    if name == "adapters":
+        return _fit_numbers(value)
     wrong = BadOption(f"option '{name}' must be {_KINDS[kind]}, not {_shown(value)}")
     if kind is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -196,6 +214,20 @@ def _fit(name: str, kind: type, value: object) -> Value:
         return int(value) if kind is int else _finite(float(value))
     except (ValueError, OverflowError):  # NaN, infinity, or an integer that no float can hold
         raise wrong from None
+
+
+def _fit_numbers(value: object) -> tuple[float, ...]:
+    wrong = BadOption(f"option 'adapters' must be a list of numbers, not {_shown(value)}")
+    if not isinstance(value, list | tuple):
+        raise wrong
+    kinds = {type(item) for item in value}
+    try:
+        fitted = tuple(_finite(float(item)) for item in value if kinds <= {int, float})
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if len(fitted) < len(value):
+        raise wrong
+    return fitted
 
 
 def _shown(value: object) -> str:

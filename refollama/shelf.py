@@ -36,6 +36,7 @@ class Files(NamedTuple):
 
     weights: Path
     projector: Path | None = None  # of a vision model: what it sees with
+    adapters: tuple[Path, ...] = ()  # changes that stand beside the weights
 
     @classmethod
     def of(cls, given: Path | Files) -> Files:
@@ -45,7 +46,7 @@ class Files(NamedTuple):
     def state(self) -> object:
         """Equal as long as these are the same files; the same weights with other eyes are not."""
         eyes = None if self.projector is None else file_state(self.projector)
-        return file_state(self.weights), eyes
+        return file_state(self.weights), eyes, tuple(map(file_state, self.adapters))
 
 
 class Use(NamedTuple):
@@ -110,6 +111,7 @@ class LoadedModels:
             files.weights,
             options,
             projector=files.projector,
+            adapters=files.adapters,
             vision_blocks=self.vision_blocks,
         )
         entry = self._admitted(key, gone)

@@ -81,7 +81,7 @@ class Pool(Generic[Kind]):
             if idle is None:
                 raise ServerBusy(
                     f"the server is busy: answers with {self._most} other choices of f16_kv, "
-                    "low_vram and rope options are being written"
+                    "low_vram, adapters and rope options are being written"
                 )
             self._engines.pop(idle).close()
         return self._make(kind)

@@ -7,7 +7,7 @@ model asks for, and that the model asks for every tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,23 +27,31 @@ from refollama.models.layers import (
 )
 from refollama.models.llama import Block, Llama
 from refollama.models.llava import Eyes, Llava
+from refollama.models.lora import Branch, adapt
 from refollama.models.meter import Count, unheard
 from refollama.models.mixtral import MixtralBlock
 from refollama.models.projectors import projector
 from refollama.weights import open_weights
 from refollama.weights.gguf import GGUF, open_gguf
+from refollama.weights.lora import Adapter, open_adapter
 from refollama.weights.quants import QuantTensor
 
 IGNORED = ("attn_rot_embd.weight",)  # endings of tensors that old converters wrote and nobody reads
 SHOWN = 5  # names in an error message
 
 
-def load_net(source: str | Path | GGUF, count: Count = unheard, eyes: Eyes | None = None) -> Llama:
+def load_net(
+    source: str | Path | GGUF,
+    count: Count = unheard,
+    eyes: Eyes | None = None,
+    adapters: Sequence[Path] = (),
+) -> Llama:
     """A GGUF file as a model; the weights stay where they are, packed, and are read when used
     (experts that lie apart, as in files of 2023, are put together: copied).
 
     count: is told the bytes of each tensor that has found its module.
     eyes: of `load_eyes`; a model with eyes is a `Llava`.
+    adapters: files, or folders of PEFT, whose changes stand beside the weights: see `lora`.
     Raises: FormatError, UnsupportedModel (what was found, what was expected), and all that
     `open_gguf` raises.
     """
@@ -57,7 +65,17 @@ def load_net(source: str | Path | GGUF, count: Count = unheard, eyes: Eyes | Non
         _check_together(eyes, config)
         net = Llava(config, parts, block, eyes)
     parts.check_all_used("a llama model")
+    adapt(net, _branches([open_adapter(path, file) for path in adapters]))
     return net.eval()
+
+
+def _branches(adapters: Sequence[Adapter]) -> dict[str, list[Branch]]:
+    """What stands beside each part, by the part's name."""
+    found: dict[str, list[Branch]] = {}
+    for number, adapter in enumerate(adapters):
+        for name, (a, b, gain) in adapter.pairs.items():
+            found.setdefault(name, []).append(Branch(a, b, gain, number))
+    return found
 
 
 def load_eyes(

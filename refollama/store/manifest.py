@@ -170,8 +170,8 @@ def params_from_bytes(data: bytes) -> dict[str, Any]:
         finite = isinstance(value, bool | int | str) or (
             isinstance(value, float) and math.isfinite(value)
         )
-        if not finite and value is not None and not _is_texts(value):
-            raise FormatError(f"params: {name[:80]!r} is no scalar and no list of texts")
+        if not finite and value is not None and not (_is_texts(value) or _is_numbers(value)):
+            raise FormatError(f"params: {name[:80]!r} is no scalar and no list of texts or numbers")
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -208,6 +208,12 @@ def _read_json(data: bytes, what: str) -> Any:
 
 def _is_texts(found: object) -> bool:
     return isinstance(found, list) and all(isinstance(item, str) for item in found)
+
+
+def _is_numbers(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(item, int) or (isinstance(item, float) and math.isfinite(item)) for item in found
+    )
 
 
 def _layer(found: object) -> Layer:

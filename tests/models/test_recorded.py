@@ -11,7 +11,8 @@ import torch
 from refollama.models.load import load_net
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.gguf import write_gguf
-from tests.golden.small_models import MODELS, head_width, weights
+from tests import adapters
+from tests.golden.small_models import MODELS, head_width, some_tokens, weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LIMIT = 1e-4
@@ -180,3 +181,21 @@ def test_divisors_by_the_published_check_values():
     found = divisors(settings)
     between = [1.2075, 1.5534, 2.0263, 2.6945, 3.6843, 5.2573]
     np.testing.assert_allclose(found, [1] * 29 + between + [8] * 29, atol=1e-4)
+
+
+def test_an_adapter_computes_what_peft_computes(tmp_path):
+    """Scales by module, by the root of the rank; the rows of Q and K in PEFT's order."""
+    settings = MODELS["mistral"]
+    shapes = {gguf_name(name): values.shape for name, values in weights(settings).items()}
+    names = (*adapters.LINEARS, "output")
+    folder = adapters.write_peft(
+        tmp_path / "lora",
+        adapters.halves(shapes, names),
+        alpha=6,
+        use_rslora=True,
+        alpha_pattern={"k_proj": 3},
+    )
+    net = load_net(write(tmp_path / "m.gguf", settings), adapters=[folder])
+    wanted = np.array(recorded("lora")["logits"])
+    found = logits_of(net, some_tokens(settings), 40)[-len(wanted) :]
+    assert np.abs(found - wanted).max() < LIMIT

@@ -160,7 +160,16 @@ def test_hostile_configs(data):
 
 @pytest.mark.parametrize(
     "data",
-    [b"[]", b'{"a":{}}', b'{"a":[1]}', b'{"a":NaN}', b'{"a":1e999}', b'{"a":[["x"]]}', b"{'a':1}"],
+    [
+        b"[]",
+        b'{"a":{}}',
+        b'{"a":[1,"x"]}',
+        b'{"a":[NaN]}',
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":[["x"]]}',
+        b"{'a':1}",
+    ],
 )
 def test_hostile_parameters(data):
     with pytest.raises(FormatError):
