@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +35,20 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 __all__ = ["Client", "Options", "__version__", "load", "load_tokenizer", "weights"]
 
 
-def load(
+def load(  # noqa: PLR0913  all that a model can be made of
     model: str | Path,
     options: Mapping[str, Any] | None = None,
     *,
     slots: int = 1,
     projector: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] = (),
     vision_blocks: int | None = None,
     told: Callable[[int, int], object] = lambda done, total: None,
 ) -> LoadedModel:
     """A model from a GGUF file, or by its name in the store, ready to answer.
 
     `options` become its defaults; `slots` is how many answers are written side by side;
+    `adapter` is a LoRA's file or folder, or several (the option `adapters` says how much of each);
     `projector` is the file with a vision model's eyes, and `vision_blocks` how many blocks of its
     tower are run (none given: all; −1: as llama.cpp does, all but the last); `told` is called with
     the bytes that have found their place, and those that there are.
@@ -59,6 +61,7 @@ def load(
         options,
         slots=slots,
         projector=projector,
+        adapter=adapter,
         vision_blocks=vision_blocks,
         told=told,
     )

@@ -13,6 +13,8 @@
     login    keep a password for a registry ┐ on this machine
     logout   forget it                      ┘
 
+Those that work on files, without a server, are in `workshop.py`.
+
 Exit status: 0 done, 1 an error that is told in one sentence, 2 a wrong command line, 130 Ctrl-C.
 """
 
@@ -32,10 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refollama import overview, reach, terminal
+from refollama import overview, reach, terminal, workshop
 from refollama.errors import BadRequest, NotFound, RefollamaError
 from refollama.host import base_url, listen_address, on_this_machine
-from refollama.options import Options, from_text
+from refollama.options import LISTS, Options, from_text
 from refollama.paths import is_path, lies_here
 
 if TYPE_CHECKING:
@@ -216,10 +218,12 @@ def _leave_at_once() -> None:
     epilog=_more(
         "refollama create tale                   # from ./Modelfile",
         "refollama create tale:small -f models/tale.modelfile",
+        "refollama create tale ./checkpoint      # config.json, *.safetensors, a tokenizer",
         environment=["OLLAMA_HOST", "OLLAMA_MODELS"],
     )
 )
 @click.argument("model")
+@click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.option(
     "-f",
     "--file",
@@ -229,19 +233,20 @@ def _leave_at_once() -> None:
     type=click.Path(path_type=Path),
     help="The Modelfile; relative paths in it start at its folder.",
 )
-@click.option("-q", "--quantize", metavar="TYPE", help="Not yet: this version cannot quantise.")
-def create(model: str, path: Path, quantize: str | None) -> None:
-    """Make a model from a Modelfile.
+@click.option("-q", "--quantize", metavar="TYPE", help="Pack the weights, as Q4_K_M for one.")
+def create(model: str, source: Path | None, path: Path, quantize: str | None) -> None:
+    """Make a model from a Modelfile, or from SOURCE: a folder of safetensors or a .gguf file.
 
     A server on another machine is sent the files that the Modelfile names.
     """
     from refollama import transfer
+    from refollama.weights.mixes import file_type
 
     if quantize:
-        raise BadRequest("this version cannot quantise: leave out --quantize")
-    text = transfer.read_text(path)
+        file_type(quantize)  # before anything is sent
+    found = transfer.to_create(model, path, source)
     with reach.server() as client:
-        transfer.make(client, transfer.OnDisk(model, text, path.absolute().parent))
+        transfer.make(client, found, quantize)
 
 
 @cli.command(
@@ -504,6 +509,10 @@ def help_(ctx: click.Context, command: str) -> None:
     click.echo(found.get_help(click.Context(found, info_name=name)))
 
 
+for _command in workshop.COMMANDS:
+    cli.add_command(_command)
+
+
 # --- which server ----------------------------------------------------------------------------
 
 
@@ -628,7 +637,7 @@ def _options(settings: Sequence[str]) -> Record | None:
             raise click.BadParameter(f"'{setting}' is not of the form NAME=VALUE")
         given.setdefault(name, []).append(text)
     options = {
-        name: from_text(name, texts if name == "stop" else texts[-1:])
+        name: from_text(name, texts if name in LISTS else texts[-1:])
         for name, texts in given.items()
     }
     Options().updated(options, strict=True)  # a private server's warnings would go unread

@@ -3,8 +3,11 @@
     FROM a file            → checked as GGUF, copied into the store
     FROM @sha256:<hex>     → checked as GGUF, already in the store
     FROM a model's name    → its layers, marked with where they came from
-    ADAPTER, a second FROM → a file or a blob that is an adapter or a projector, stored as such
+    FROM a folder          → a checkpoint's safetensors, converted: one GGUF blob, or two
+    ADAPTER, a second FROM → a file or a blob that is an adapter or a projector, stored as such;
+                             an adapter must fit the model, and PEFT's folders become files
     TEMPLATE SYSTEM …      → one small blob each
+    quantize "Q4_K_M"      → the model's weights, packed anew
     PARAMETER …            → merged over the parent's, one blob
     MESSAGE …              → instead of the parent's, one blob
 
@@ -15,13 +18,15 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from refollama.convert import Converted, Folder, convert, is_checkpoint
 from refollama.errors import (
     BadName,
     BadRequest,
@@ -44,6 +49,10 @@ from refollama.store.name import Name
 from refollama.store.recipe import Recipe, read
 from refollama.text.template import Template
 from refollama.weights.gguf import GGUF, is_gguf, open_gguf
+from refollama.weights.mixes import PLAIN, file_type
+
+if TYPE_CHECKING:
+    from refollama.quantize import Quantising
 
 T = TypeVar("T")
 
@@ -53,7 +62,7 @@ PROGRESS_EVERY = 0.06  # seconds; as often as Ollama's own download bars move
 QUANTIZATIONS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_1_F16", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1",
     10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M",
-    16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+    16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 32: "BF16",
 }  # fmt: skip
 
 # What a text replaces when it is given; a licence replaces nothing.
@@ -74,11 +83,14 @@ class _Part:
     path: Path | None = None  # a file that is still to be copied into the store
     total: int = 0  # its length in bytes
     width: int = 0  # as `Described.width`
+    made: Converted | None = None  # what is still to be converted into the store
+    choices: Path | None = None  # the second file of an adapter of PEFT; its weights are `path`
     layers: tuple[Layer, ...] = ()  # those that the store has already
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 _Step = tuple[Command, _Part | None]
+_FILES = Command("from", ("files",))  # stands for a checkpoint whose files are blobs
 
 
 def create(store: Store, ask: Create, *, local_files: bool) -> Generator[Progress, None, None]:
@@ -90,22 +102,28 @@ def create(store: Store, ask: Create, *, local_files: bool) -> Generator[Progres
     """
     name = Name.parse(ask.model)
     recipe = read(ask, local_files=local_files)
+    quantize = file_type(ask.quantize) if ask.quantize else ""
     _check_texts(recipe.commands)
     # FROM first, wherever it stands: what the Modelfile says replaces what is inherited.
     commands = sorted(recipe.commands.commands, key=lambda command: command.name != "from")
     find = _Finder(store, recipe.directory, local_files)
-    steps = [(command, find.part(command)) for command in commands]
+    steps: list[_Step] = [(_FILES, part) for part in find.uploaded(recipe.folder)]
+    steps += [(command, part) for command in commands for part in find.parts(command)]
+    steps.sort(key=_is_adapter)  # among the FROMs, too: it is held against the model
     _check_parts(steps)
     _check_together(store, steps)
-    return _steps(store, name, steps, recipe)
+    _check_adapters(store, steps)
+    if quantize:
+        _check_quantises(store, steps, quantize)
+    return _steps(store, name, steps, recipe, quantize)
 
 
 def _steps(
-    store: Store, name: Name, steps: list[_Step], recipe: Recipe
+    store: Store, name: Name, steps: list[_Step], recipe: Recipe, quantize: str
 ) -> Generator[Progress, None, None]:
     """All that writes.  Each status comes before the work that it names."""
     with store.draft() as draft:
-        build = _Build(store, draft)
+        build = _Build(store, draft, quantize)
         for command, part in steps:
             yield from build.follow(command, part)
         if recipe.parameters:
@@ -148,6 +166,7 @@ class _Build:
 
     store: Store
     draft: Draft
+    quantize: str  # the type that the model's weights are to be packed as; "": they stay
     layers: list[Layer] = field(default_factory=list)
     configs: list[tuple[str, Config]] = field(default_factory=list)  # by kind of part
 
@@ -187,11 +206,25 @@ class _Build:
             self.layers.append(layer)
 
     def _take(self, part: _Part) -> Iterator[Progress]:
+        if part.kind != kinds.ADAPTER:
+            yield from self._put_in(part)
+            return
+        model = next(layer for layer in self.layers if layer.media_type == kinds.MODEL)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "adapter.gguf")
+            part = _fitted(self.store, part, self.store.blobs.path(model.digest), file)
+            yield from self._put_in(part)
+
+    def _put_in(self, part: _Part) -> Iterator[Progress]:
         for layer in part.layers:
             self._add(replace(layer, digest=self.draft.use(layer.digest)))
         config = part.config
         if part.path is not None:
             config = yield from self._copy(part, part.path)
+        if part.made is not None:
+            config = yield from self._convert(part, part.made)
+        if part.kind == kinds.MODEL and self.quantize:
+            config = yield from self._quantise(config)
         self.configs.append((part.kind, config))
 
     def _copy(self, part: _Part, path: Path) -> Generator[Progress, None, Config]:
@@ -203,6 +236,26 @@ class _Build:
             raise BadRequest(f"{path.name!r} was changed while it was read: try again")
         self._add(Layer(part.kind, digest, self.store.blobs.size(digest)))
         return found.config
+
+    def _convert(self, part: _Part, made: Converted) -> Generator[Progress, None, Config]:
+        at = Progress(part.status, total=part.total)
+        digest = yield from _now_and_then(self.draft.add_pieces(made.pieces()), at)
+        self._add(Layer(part.kind, digest, self.store.blobs.size(digest)))
+        return described(self.store.blobs.path(digest)).config
+
+    def _quantise(self, config: Config) -> Generator[Progress, None, Config]:
+        """The weights packed anew, in place of those that were brought; they stay a while."""
+        kinds_of = [layer.media_type for layer in self.layers]
+        place = kinds_of.index(kinds.MODEL)
+        old = self.layers[place].digest
+        with open_gguf(self.store.blobs.path(old)) as file:
+            work = _quantising(file, self.quantize)
+            status = f"quantizing {work.source} model to {work.type}"
+            at = Progress(status, digest=old, total=work.nbytes)
+            yield replace(at, total=0)
+            digest = yield from _now_and_then(self.draft.add_pieces(work.encoded()), at)
+        self.layers[place] = Layer(kinds.MODEL, digest, self.store.blobs.size(digest))
+        return replace(config, quantization_level=work.type)
 
 
 def _now_and_then(steps: Generator[int, None, T], at: Progress) -> Generator[Progress, None, T]:
@@ -241,11 +294,31 @@ class _Finder:
     directory: Path | None
     local_files: bool
 
+    def parts(self, command: Command) -> tuple[_Part | None, ...]:
+        """What a command brings; a folder may bring two, a model and its eyes."""
+        folder = self._path(command.args[0]) if command.name == "from" else Path()
+        if self.local_files and folder.is_absolute() and is_checkpoint(folder):
+            try:
+                return _converted(Folder.at(folder))
+            except (FormatError, UnsupportedModel) as error:
+                raise type(error)(f"FROM {command.args[0][:200]!r}: {error}") from None
+            except (NotFound, StoreError):
+                raise _unreadable(command) from None
+        return (self.part(command),)
+
+    def uploaded(self, files: Mapping[str, str]) -> tuple[_Part, ...]:
+        """The model of a folder whose files are blobs, name → digest; nothing without files."""
+        folder = Folder({name: self._blob_path(digest) for name, digest in files.items()})
+        return _converted(folder) if files else ()
+
     def part(self, command: Command) -> _Part | None:
         """A blob, a file, or the name of a model: in this order.  None: it names nothing."""
         if command.name not in ("from", "adapter"):
             return None
         what = command.args[0]
+        peft = self._peft(what) if command.name == "adapter" else None
+        if peft is not None:
+            return peft
         digest = self._digest(what)
         if digest is not None:
             return self._checked(command, self._blob(digest))
@@ -255,6 +328,30 @@ class _Finder:
         if command.name == "adapter":
             raise _unreadable(command) if self.local_files else _no_files(command)
         return self._model(self._model_name(command))
+
+    def _peft(self, what: str) -> _Part | None:
+        """An adapter of two files: two blobs, weights first, or a folder of this machine."""
+        from refollama.weights.lora import peft  # torch comes with it
+
+        digests = what.split()
+        if len(digests) == 2 and all(one.startswith("@") for one in digests):
+            weights, choices = (self._blob_path(one.removeprefix("@")) for one in digests)
+        elif self.local_files and (folder := peft.folder_at(self._path(what))) is not None:
+            weights, choices = peft.files(folder)
+        else:
+            return None
+        total = weights.stat().st_size
+        kind = kinds.ADAPTER
+        return _Part("converting adapter", kind, Config("gguf"), weights, total, choices=choices)
+
+    def _blob_path(self, digest: str) -> Path:
+        if not self.store.blobs.has(checked_digest(digest)):
+            raise NotFound(f"blob '{digest}' not found: upload it first")
+        return self.store.blobs.path(digest)
+
+    def _path(self, what: str) -> Path:
+        path = Path.home() / what[2:] if what.startswith("~/") else Path(what)
+        return path if self.directory is None else self.directory / path
 
     def _checked(self, command: Command, part: _Part) -> _Part:
         if command.name == "adapter" and part.kind != kinds.ADAPTER:
@@ -271,9 +368,7 @@ class _Finder:
         return checked_digest(path.name)
 
     def _blob(self, digest: str) -> _Part:
-        if not self.store.blobs.has(digest):
-            raise NotFound(f"blob '{digest}' not found: upload it first")
-        kind, config, width = described(self.store.blobs.path(digest))
+        kind, config, width = described(self._blob_path(digest))
         layer = Layer(kind, digest, self.store.blobs.size(digest))
         return _Part(_STATUS[kind], kind, config, width=width, layers=(layer,))
 
@@ -300,9 +395,8 @@ class _Finder:
         Raises: BadRequest for what can only be a path and is no regular file: the same sentence
         whether it is missing, forbidden, a folder, a device, or no GGUF file.
         """
-        what, folder = command.args[0], self.directory
-        path = Path.home() / what[2:] if what.startswith("~/") else Path(what)
-        path = folder / path if folder is not None else path
+        what = command.args[0]
+        path = self._path(what)
         if path.is_absolute() and os.path.isfile(path):
             return path
         if is_path(what):
@@ -330,6 +424,21 @@ def _from_file(path: Path, command: Command) -> _Part:
     except (NotFound, StoreError, OSError):
         raise _unreadable(command) from None
     return _Part(_STATUS[kind], kind, config, path, total, width)
+
+
+def _converted(folder: Folder) -> tuple[_Part, ...]:
+    """All that can be checked has been, when this returns; nothing is written yet."""
+    return tuple(
+        _Part(
+            "converting model",
+            kinds.MODEL if made.kind == "model" else kinds.PROJECTOR,
+            Config("gguf"),
+            total=made.size,
+            width=made.width,
+            made=made,
+        )
+        for made in convert(folder)
+    )
 
 
 def _unreadable(command: Command) -> BadRequest:
@@ -369,6 +478,70 @@ def _check_together(store: Store, steps: list[_Step]) -> None:
                 f"the projector makes rows of {part.width} numbers, but the language model reads "
                 f"{read}: they do not belong together",
             )
+
+
+def _is_adapter(step: _Step) -> bool:
+    """Is it an adapter that FROM names?"""
+    command, part = step
+    return command.name == "from" and part is not None and part.kind == kinds.ADAPTER
+
+
+def _check_adapters(store: Store, steps: list[_Step]) -> None:
+    """Each fits the model, if that is at hand; one that is still to be made is waited for."""
+    parts = [(command, part) for command, part in steps if part is not None]
+    model = next(_file(store, part) for _, part in parts if part.kind == kinds.MODEL)
+    for command, part in parts:
+        if part.kind == kinds.ADAPTER and model is not None and is_gguf(model):
+            try:
+                _fitted(store, part, model)
+            except (FormatError, UnsupportedModel) as error:
+                raise _refused(command, str(error)) from None
+
+
+def _check_quantises(store: Store, steps: list[_Step], type: str) -> None:
+    """Are the model's weights there as they were trained?  Those still to be made are."""
+    models = (part for _, part in steps if part and part.kind == kinds.MODEL)
+    path = _file(store, next(models))
+    if path is not None:
+        with open_gguf(path) as file:
+            _quantising(file, type)
+
+
+def _quantising(file: GGUF, type: str) -> Quantising:
+    """Raises: BadRequest for weights that are packed already."""
+    from refollama.quantize import plan  # torch comes with it
+
+    work = plan(file, type, again=True)
+    packed = {change.old for change in work.changes if change.old != change.new} - set(PLAIN)
+    if packed:
+        raise BadRequest(
+            "quantization is only supported for F16, BF16 and F32 models, and this one is "
+            f"{work.source}"
+        )
+    return work
+
+
+def _fitted(store: Store, part: _Part, model: Path, target: Path | None = None) -> _Part:
+    """An adapter that fits the model; one of PEFT, written to `target` as a GGUF file.
+
+    Raises: FormatError, UnsupportedModel, StoreError, NotFound.
+    """
+    from refollama.weights.lora import open_adapter, save_adapter  # torch comes with it
+
+    source = _file(store, part)
+    assert source is not None
+    with open_gguf(model) as file:
+        adapter = open_adapter(source, file, part.choices)
+        if part.choices is None or target is None:
+            return part
+        save_adapter(target, adapter, file)
+    return replace(part, path=target, total=target.stat().st_size, choices=None)
+
+
+def _file(store: Store, part: _Part) -> Path | None:
+    """What it brings: a file that is still to be copied, or a blob of its kind."""
+    stored = [layer.digest for layer in part.layers if layer.media_type == part.kind]
+    return store.blobs.path(stored[-1]) if stored else part.path
 
 
 def _width(store: Store, model: _Part) -> int:

@@ -228,6 +228,7 @@ class Create:
     licenses: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()  # the turns that begin every chat
+    quantize: str = ""  # the type that the weights are to be packed as, such as "Q4_K_M"
     stream: bool = True
 
 

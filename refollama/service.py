@@ -40,7 +40,7 @@ from refollama.errors import (
     Stopping,
 )
 from refollama.fable.bundled import stock
-from refollama.loaded import DEFAULTS, Chunks, LoadedModel, runnable
+from refollama.loaded import DEFAULTS, Chunks, LoadedModel
 from refollama.messages import (
     Chat,
     Chunk,
@@ -100,6 +100,11 @@ class Runnable:
     def projector(self) -> Path | None:
         """What it sees with, if it can see; of several the first, as in Ollama."""
         return next(iter(self.files.projectors), None) if self.files else None
+
+    @property
+    def sources(self) -> Files:
+        """All that is loaded for it."""
+        return Files(self.weights, self.projector, self.files.adapters if self.files else ())
 
 
 class Service:
@@ -385,8 +390,7 @@ class Service:
         """
         keep = self.keep_alive if ask.keep_alive is None else ask.keep_alive
         name = files.name or ask.model
-        source = Files(files.weights, files.projector)
-        lease = self.loaded.lease(source, options, gone, keep=keep, name=name, told=told)
+        lease = self.loaded.lease(files.sources, options, gone, keep=keep, name=name, told=told)
         with self._place(), lease as model:
             yield model
 
@@ -397,7 +401,7 @@ class Service:
         """
         if ask.keep_alive != 0:
             return False
-        self.loaded.unload(Files(files.weights, files.projector))
+        self.loaded.unload(files.sources)
         return True
 
     @contextmanager
@@ -412,13 +416,13 @@ class Service:
     def find(self, model: str) -> Runnable:
         """What a name stands for, or a path if those are allowed.
 
-        Raises: NotFound, BadRequest, UnsupportedModel.
+        Raises: NotFound, BadRequest.
         """
         if is_path(model):
             return self._find_file(model)
         stock(self.store, model)
         with _as_sent(model):
-            files = runnable(self.store.resolve(Name.parse(model)))
+            files = self.store.resolve(Name.parse(model))
         return Runnable(files.weights, files, files.parameters, name=str(files.name))
 
     def _find_file(self, model: str) -> Runnable:

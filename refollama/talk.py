@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from refollama import overview, terminal
 from refollama.errors import BadRequest, NotFound, RefollamaError
-from refollama.options import Options, from_text
+from refollama.options import LISTS, Options, from_text
 from refollama.paths import is_path
 
 if TYPE_CHECKING:
@@ -447,7 +447,7 @@ class Talk:
 
     def _set_parameter(self, value: str) -> None:
         name, text = _split(_needed(value, "/set parameter NAME VALUE"))
-        texts = text.split() if name == "stop" else [text]
+        texts = text.split() if name in LISTS else [text]
         try:
             options = {**(self._ask.options or {}), name: from_text(name, texts)}
             Options().updated(options, strict=True)

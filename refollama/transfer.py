@@ -146,7 +146,9 @@ class OnDisk(NamedTuple):
 
 
 def on_disk(path: Path, name: str | None = None) -> OnDisk:
-    """A GGUF file, or a folder with a Modelfile or a single GGUF file; `name`: instead of its own.
+    """A GGUF file, or a folder with a Modelfile, a checkpoint or a single GGUF file.
+
+    name: instead of its own.
 
     Raises: NotFound, BadRequest, OSError.
     """
@@ -158,18 +160,32 @@ def on_disk(path: Path, name: str | None = None) -> OnDisk:
     name = name or _named_after(path.resolve())
     if (path / MODELFILE).is_file():
         return OnDisk(name, read_text(path / MODELFILE), path)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return OnDisk(name, modelfiles.line(modelfiles.Command("from", (".",))), path)
     return _of_file(_only_gguf(path), name)
 
 
-def make(client: Client, source: OnDisk) -> None:
+def to_create(name: str, modelfile: Path, source: Path | None) -> OnDisk:
+    """A Modelfile, unless there is a file or a folder to make the model of.
+
+    Raises: NotFound, BadRequest, OSError.
+    """
+    if source is not None:
+        return on_disk(source.expanduser(), name)
+    return OnDisk(name, read_text(modelfile), modelfile.absolute().parent)
+
+
+def make(client: Client, source: OnDisk, quantize: str | None = None) -> None:
     """A model out of it, and how that goes; a server on another machine is sent the files.
 
+    quantize: the type that its weights are to be packed as.
     Raises: OSError, and all that the client raises.
     """
     near = on_this_machine(client.url)
     text = source.modelfile if near else with_blobs(client, source.modelfile, source.folder)
     folder = str(source.folder) if near else None
-    with closing(client.create(source.name, text, folder)) as records:
+    fields = {"quantize": quantize} if quantize else {}
+    with closing(client.create(source.name, text, folder, **fields)) as records:
         terminal.show_progress(records)
 
 

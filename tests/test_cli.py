@@ -346,10 +346,13 @@ def test_another_machine_is_sent_the_files(server, home, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["-q", "--quantize"])
-def test_what_cannot_be_done_yet_is_said_before_anything_is_sent(server, home, flag):
+def test_a_type_is_sent_along_if_there_is_one(server, home, flag):
     (home / "Modelfile").write_text("FROM tale\n")
-    failed(refollama("create", "small", flag, "q4_0"), "this version cannot quantise")
+    failed(refollama("create", "small", flag, "q9"), "unknown type 'q9'")
     assert server.requests == []
+    assert refollama("create", "small", flag, "q4_k").exit_code == 0
+    ((_, sent),) = server.requests
+    assert (sent["quantize"], sent["modelfile"]) == ("q4_k", "FROM tale\n")
 
 
 def test_a_blob_that_is_refused_is_told(server, home, monkeypatch):

@@ -28,9 +28,12 @@ from refollama.errors import (
 from refollama.messages import Create, Message, Progress
 from refollama.store import Store
 from refollama.store.name import Name
+from tests import adapters
 from tests.store.helpers import gguf, snapshot
+from tests.tiny import metadata, shapes
 
 X = Name.parse("x")
+LORA = adapters.halves(shapes(metadata()), ["blk.0.attn_q"])
 FULL = (
     'FROM ./a.gguf\nTEMPLATE """{{ .System }} {{ .Prompt }}"""\nSYSTEM """You are <Mario>."""\n'
     "LICENSE MIT\nPARAMETER temperature 1\nPARAMETER stop <|im_end|>\nPARAMETER num_ctx 4096\n"
@@ -405,7 +408,6 @@ def test_a_projector_or_an_adapter_alone_is_refused(store, part):
     [
         (gguf("clip"), "projector"),
         (gguf(type="mmproj"), "projector"),
-        (gguf(type="adapter"), "adapter"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
@@ -421,12 +423,20 @@ def test_a_second_from_is_stored_as_what_it_is(store, folder, part, kind, first)
     assert files.config.families == tuple(families)
 
 
-@pytest.mark.parametrize("adapter", [gguf(type="adapter"), b"algg" + bytes(50)])
+def test_an_adapter_that_from_names_is_stored_as_one(store, folder, tiny):
+    adapters.write_plain(folder / "p.gguf", LORA)
+    for lines in (f"FROM ./p.gguf\nFROM {tiny}", f"FROM {tiny}\nFROM ./p.gguf"):
+        made(store, lines, folder)
+        (path,) = store.resolve(X).adapters
+        assert path.read_bytes() == (folder / "p.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("write", [adapters.write_plain, adapters.write_ggla])
 @pytest.mark.parametrize("sent", [True, False])
-def test_an_adapter_is_stored_and_inherited(store, folder, adapter, sent):
-    (folder / "lora.bin").write_bytes(adapter)
+def test_an_adapter_is_stored_and_inherited(store, folder, tiny, write, sent):
+    adapter = write(folder / "lora.bin", LORA).read_bytes()
     what = f"@{store.blobs.add(adapter)}" if sent else "./lora.bin"
-    statuses = made(store, f"ADAPTER {what}\nFROM a.gguf\nSYSTEM s", folder)
+    statuses = made(store, f"ADAPTER {what}\nFROM {tiny}\nSYSTEM s", folder)
     assert "creating adapter layer" in statuses
     made(store, "FROM x\nSYSTEM t", model="child")
     for name in ("x", "child"):
@@ -482,10 +492,10 @@ def parts(store, **fields):
     return [step.status for step in create(store, Create("x", **fields), local_files=False)]
 
 
-def test_parts_make_the_same_model_as_a_modelfile(store, folder):
+def test_parts_make_the_same_model_as_a_modelfile(store, folder, tiny):
     """To the byte: the manifest names every blob by its hash."""
-    digest = store.blobs.add(gguf())
-    lora = store.blobs.add(gguf(type="adapter"))
+    adapter = adapters.write_plain(folder / "lora.gguf", LORA).read_bytes()
+    digest, lora = store.blobs.add(tiny.read_bytes()), store.blobs.add(adapter)
     made(
         store,
         f"FROM @{digest}\nADAPTER @{lora}\nTEMPLATE {{{{ .Prompt }}}}!\nSYSTEM s\nLICENSE a\n"
@@ -494,7 +504,7 @@ def test_parts_make_the_same_model_as_a_modelfile(store, folder):
     )
     before = store.resolve(X)
     store.remove(X)
-    digest, lora = store.blobs.add(gguf()), store.blobs.add(gguf(type="adapter"))
+    digest, lora = store.blobs.add(tiny.read_bytes()), store.blobs.add(adapter)
     parts(
         store,
         files={"a/model.gguf": digest},
@@ -535,8 +545,9 @@ DIGEST = "sha256:" + "0" * 64
         ({"files": {"../a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
         ({"files": {"/a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
         ({"files": {"C:\\a.gguf": DIGEST}}, BadRequest, "file path must be relative"),
-        ({"files": {"model.safetensors": DIGEST}}, BadRequest, "safetensors files cannot be"),
-        ({"from_": "base", "adapters": {"a": DIGEST, "b": DIGEST}}, BadRequest, "only one adapter"),
+        ({"files": {"model.safetensors": DIGEST}}, NotFound, "not found: upload it first"),
+        ({"from_": "base", "adapters": {"a": DIGEST, "b": DIGEST}}, NotFound, "upload it first"),
+        ({"from_": "base", "adapters": {"../a": DIGEST}}, BadRequest, "path must be relative"),
         ({"from_": "base", "parameters": {"nope": 1}}, BadRequest, "unknown option 'nope'"),
         ({"from_": "base", "parameters": {"top_k": "x"}}, BadRequest, "'top_k' must be an integer"),
         ({"from_": "base", "parameters": {"top_p": 1e39}}, BadRequest, "'top_p' must be"),

@@ -39,7 +39,7 @@ def test_defaults_ranges_and_reasons_are_those_of_the_code(name):
 
 
 def test_when_an_option_counts_is_said_truly():
-    from refollama.loaded import CacheKind
+    from refollama.cachekind import CacheKind
     from refollama.models.memory import Placement
 
     for name, cells in rows("options.md").items():

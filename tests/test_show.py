@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from refollama.create import create
 from refollama.errors import BadOption, FormatError, ModelNotFound, TemplateError
 from refollama.messages import Create, Show
-from refollama.options import KNOWN
+from refollama.options import KNOWN, LISTS
 from refollama.show import listed, show
 from refollama.store import Name, Store
 from refollama.weights.gguf import Typed, ValueType, open_gguf, write_gguf
+from tests import adapters
 from tests.store.helpers import gguf
 from tests.test_create import FULL
-from tests.tiny import write_model
+from tests.tiny import metadata, shapes, write_model
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ PARTS = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """An adapter for the tiny model."""
+    path = tmp_path_factory.mktemp("lora") / "a.gguf"
+    made = adapters.halves(shapes(metadata()), ["blk.0.attn_q"])
+    return adapters.write_plain(path, made).read_bytes()
+
+
 def said(files):
     """All of a model but its name, its times and where its weights came from."""
     return (
@@ -110,7 +119,7 @@ def said(files):
 )
 @given(PARTS, PARTS, st.booleans(), st.booleans(), st.booleans())
 def test_what_is_shown_makes_the_same_model_again(
-    store, parent, child, projector, adapter, parent_stays
+    store, tiny, lora, parent, child, projector, adapter, parent_stays
 ):
     from refollama.messages import Message
 
@@ -118,11 +127,10 @@ def test_what_is_shown_makes_the_same_model_again(
         messages = tuple(Message(role, text) for role, text in fields["messages"])
         make(store, "", name, **fields | {"messages": messages} | more)
 
-    files = {"m": store.blobs.add(gguf())}
+    files = {"m": store.blobs.add(tiny.read_bytes() if adapter else gguf())}
     files |= {"p": store.blobs.add(gguf("clip"))} if projector else {}
-    lora = {"a": store.blobs.add(gguf(type="adapter"))} if adapter else {}
     made("parent", parent, files=files)
-    made("child", child, from_="parent", adapters=lora)
+    made("child", child, from_="parent", adapters={"a": store.blobs.add(lora)} if adapter else {})
     if not parent_stays:  # it has become another model meanwhile
         made("parent", child | {"system": "other"}, files={"m": files["m"]})
     before = store.resolve(Name.parse("child"))
@@ -256,7 +264,7 @@ def test_a_projector_gives_sight_and_info_of_its_own(store):
 def test_every_option_can_be_shown_and_read_back(store, base):
     from refollama.options import Options
 
-    values = {name: getattr(Options(), name) for name in KNOWN if name != "stop"}
+    values = {name: getattr(Options(), name) for name in KNOWN - LISTS}
     make(store, "", "x", from_="base", parameters=values)
     before = store.resolve(Name.parse("x"))
     make(store, show(store, Show("x")).modelfile, "again")

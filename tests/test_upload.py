@@ -44,6 +44,17 @@ def test_files_become_digests_that_the_server_has(folder):
     assert remote.blobs == {weights: b"weights", adapter: b"adapter"}
 
 
+def test_an_adapter_of_two_files_becomes_two_digests(folder):
+    """Weights first, as a Modelfile says it."""
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_bytes(b"{}")
+    (folder / "lora" / "adapter_model.safetensors").write_bytes(b"thin")
+    remote = Remote()
+    found = with_blobs(remote, "FROM llama2\nADAPTER ./lora\n", folder)
+    assert found == f"FROM llama2\nADAPTER @{digest(b'thin')} @{digest(b'{}')}\n"
+    assert remote.blobs == {digest(b"thin"): b"thin", digest(b"{}"): b"{}"}
+
+
 def test_what_the_server_has_is_not_sent_again(folder):
     remote = Remote(digest(b"weights"))
     with_blobs(remote, "FROM ./model.gguf", folder)

@@ -45,11 +45,6 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # one JSON object
 
-# Fields that ask for something that is not built yet: better a clear no than a wrong answer.
-NOT_YET_IN_CREATE = {
-    "quantize": "this version cannot quantise",
-    "quantization": "this version cannot quantise",
-}
 # What a message may hold in a conversation, but has no place in the layer of a model's messages.
 NOT_STORED = ("images", "tool_calls", "tool_call_id", "tool_name", "thinking")
 WITHOUT_EFFECT_IN_CREATE = ("renderer", "parser", "requires", "info", "remote_host")
@@ -166,12 +161,6 @@ class Body:
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The tools that a model may call, as they were sent."""
         return tuple(tool.sent for tool in self.objects("tools"))
-
-    def refuse(self, sentences: Mapping[str, str]) -> None:
-        """Fields that must be absent, null, false or empty."""
-        for name, sentence in sentences.items():
-            if self._fields.get(name):
-                raise BadRequest(sentence)
 
     def warn(self, name: str) -> None:
         """A field that has no effect yet and does no harm."""
@@ -346,7 +335,6 @@ def read_detokenize(raw: bytes) -> Detokenize:
 def read_create(raw: bytes) -> Create:
     """The body of POST /api/create: a Modelfile as text (2023), or what it would say in parts."""
     body = Body(raw)
-    body.refuse(NOT_YET_IN_CREATE)
     for name in WITHOUT_EFFECT_IN_CREATE:
         body.warn(name)
     body.warn_of_family("draft_")
@@ -363,6 +351,7 @@ def read_create(raw: bytes) -> Create:
         licenses=body.texts("license"),
         parameters=body.mapping("parameters"),
         messages=body.turns("messages"),
+        quantize=body.text("quantize", "quantization"),
         stream=body.flag("stream", True),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,8 @@ from refollama.store.manifest import as_float32
 from refollama.store.modelfile import Command, Modelfile
 
 LARGEST_MODELFILE = 4 << 20  # bytes; as much as any one text of a model may have
+_OF_FOLDERS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", "pytorch_model.bin")
+PEFT = {"weights": "adapter_model.safetensors", "settings": "adapter_config.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Recipe:
     commands: Modelfile
     parameters: dict[str, Any]
     directory: Path | None = None
+    folder: Mapping[str, str] = field(default_factory=dict)  # a checkpoint's files: name → digest
 
 
 def read(ask: Create, *, local_files: bool) -> Recipe:
@@ -40,11 +43,12 @@ def read(ask: Create, *, local_files: bool) -> Recipe:
     """
     parts = tuple(_parts(ask))
     if not (ask.modelfile or ask.path):
-        if not any(command.name == "from" for command in parts):
+        folder = _folder(ask.files)
+        if not folder and not any(command.name == "from" for command in parts):
             raise BadRequest(
                 "neither 'from' or 'files' was specified, nor a modelfile with a FROM line"
             )
-        return Recipe(Modelfile(parts), _parameters(ask.parameters))
+        return Recipe(Modelfile(parts), _parameters(ask.parameters), folder=folder)
     if parts or ask.parameters:
         raise BadRequest("give a modelfile, or from, files, system and so on, but not both")
     directory = _directory(ask) if local_files else None
@@ -59,10 +63,9 @@ def _parts(ask: Create) -> Iterator[Command]:
     """Its fields as the commands of a Modelfile; their line is 0."""
     if ask.from_:
         yield Command("from", (ask.from_.strip(),))
-    yield from (Command("from", (f"@{digest}",)) for digest in _digests(ask.files))
-    if len(ask.adapters) > 1:
-        raise BadRequest("only one adapter is currently supported")
-    yield from (Command("adapter", (f"@{digest}",)) for digest in _digests(ask.adapters))
+    if not _folder(ask.files):
+        yield from (Command("from", (f"@{digest}",)) for digest in _digests(ask.files))
+    yield from (Command("adapter", (what,)) for what in _adapters(ask.adapters))
     for name, text in (("template", ask.template), ("system", ask.system)):
         if text:
             yield Command(name, (text,))
@@ -76,12 +79,41 @@ def _parts(ask: Create) -> Iterator[Command]:
 def _digests(files: Mapping[str, str]) -> Iterator[str]:
     """The blobs that stand for files; their names say only what they were."""
     for name, digest in files.items():
-        parts = PurePosixPath(name.replace("\\", "/")).parts
-        if ".." in parts or parts[:1] == ("/",) or name[1:2] == ":":
-            raise BadRequest("file path must be relative")
-        if name.endswith((".safetensors", ".safetensors.index.json")):
-            raise BadRequest("safetensors files cannot be imported yet: send a GGUF file")
+        _relative(name)
         yield checked_digest(digest)
+
+
+def _folder(files: Mapping[str, str]) -> dict[str, str]:
+    """The files of a checkpoint's folder, if that is what they are; GGUF files are not."""
+    found = {str(_relative(name)): checked_digest(digest) for name, digest in files.items()}
+    if not any(name == "config.json" or name.endswith(_OF_FOLDERS) for name in found):
+        return {}
+    if any(name.endswith(".gguf") for name in found):
+        raise BadRequest("files: a GGUF file and a folder's files are two models: send one of them")
+    return found
+
+
+def _adapters(files: Mapping[str, str]) -> Iterator[str]:
+    """Blobs that stand for adapters; of one of PEFT's folders weights and settings, in this order.
+
+    Example: {"a/adapter_config.json": …, "a/adapter_model.safetensors": …} is one adapter.
+    """
+    blobs = {_relative(name): f"@{checked_digest(digest)}" for name, digest in files.items()}
+    for path, blob in blobs.items():
+        other = path.with_name(PEFT["settings" if path.name == PEFT["weights"] else "weights"])
+        if path.name not in PEFT.values():
+            yield blob
+        elif other not in blobs:
+            raise BadRequest(f"adapters: {path.name} is there, but {other} is missing")
+        elif path.name == PEFT["weights"]:
+            yield f"{blob} {blobs[other]}"
+
+
+def _relative(name: str) -> PurePosixPath:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if ".." in path.parts or path.is_absolute() or name[1:2] == ":":
+        raise BadRequest("file path must be relative")
+    return path
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from refollama.server.app import create_app
 from refollama.service import Service
 from refollama.shelf import LoadedModels
 from refollama.store import Store
+from tests import adapters
 from tests.server.conftest import unchanged, wait_until
 from tests.server.process import running
 from tests.store.helpers import gguf
+from tests.tiny import metadata, shapes
 
 
 @pytest.fixture
@@ -209,8 +211,9 @@ def test_licences_by_one_or_many(http):
         ({"files": ["m"]}, 400, "files must be an object"),
         ({"files": {"../m.safetensors": "sha256:" + "0" * 64}}, 400, "must be relative"),
         ({"files": {"m.safetensors": "sha256:" + "0" * 64}}, 400, "safetensors"),
-        ({"from": "tiny", "quantize": "q4_0"}, 400, "cannot quantise"),
-        ({"from": "tiny", "quantization": "q4_0"}, 400, "cannot quantise"),
+        ({"from": "tiny", "quantize": "q9"}, 400, "unknown type 'q9': quantise to one of Q8_0, "),
+        ({"from": "tiny", "quantization": "q9"}, 400, "unknown type"),
+        ({"from": "tiny", "quantize": 4}, 400, "quantize must be a string"),
         ({"from": "tiny", "messages": "hi"}, 400, "messages must be a list"),
         ({"from": "tiny", "messages": ["hi"]}, 400, "messages must be a list of messages"),
         ({"from": "tiny", "messages": [{"role": 1}]}, 400, "must be strings"),
@@ -577,15 +580,27 @@ def test_our_client_does_the_same_over_a_socket(tiny):
             client.show("m")
 
 
-def test_a_model_with_an_adapter_is_stored_and_says_why_it_does_not_run(http, service, tiny):
+def test_a_model_with_adapters_answers_under_the_scales_of_each_request(
+    http, service, tiny, tmp_path
+):
+    made = adapters.halves(shapes(metadata()))
+    adapter = adapters.write_plain(tmp_path / "a.gguf", made).read_bytes()
     files = {"m": service.store.blobs.add(tiny.read_bytes())}
-    lora = {"a": service.store.blobs.add(gguf(type="adapter"))}
-    answer = post(http, "create", model="m", files=files, adapters=lora, stream=False)
-    assert answer.json() == {"status": "success"}
+    lora = {"a": service.store.blobs.add(adapter)}
+    for name, more in (("m", {"adapters": lora}), ("plain", {})):
+        answer = post(http, "create", model=name, files=files, stream=False, **more)
+        assert answer.json() == {"status": "success"}
     assert "\nADAPTER /" in post(http, "show", model="m").json()["modelfile"]
-    answer = post(http, "generate", model="m", prompt="a")
-    assert answer.status_code == 400
-    assert answer.json()["error"].startswith("model 'm:latest' has an adapter")
+
+    def said(model, **options):
+        options |= {"temperature": 0, "num_predict": 5}
+        ask = {"model": model, "prompt": "a b", "options": options, "stream": False}
+        return post(http, "generate", **ask).json()
+
+    assert said("m", adapters=[0])["context"] == said("plain")["context"]
+    assert said("m")["context"] != said("plain")["context"]
+    wrong = said("m", adapters=[0, 1])["error"]
+    assert wrong.startswith("option 'adapters' must have a number for each")
 
 
 def test_a_projector_is_shown(http, service):

@@ -56,6 +56,33 @@ def test_the_version_is_json(http):
     assert answer.json() == {"version": __version__}
 
 
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_K_S", "Q4_K_M", "Q4_K"])
+def test_a_model_is_quantised_and_answers(http, type):
+    """Case 51: runQuantization, of a small model with random weights."""
+    *told, last = records(http, "create", model="small", **{"from": "tiny"}, quantize=type)
+    assert last == {"status": "success"}
+    name = {"Q4_K": "Q4_K_M"}.get(type, type)
+    packed = [one for one in told if one["status"] == f"quantizing F32 model to {name}"]
+    assert packed[-1]["completed"] == packed[-1]["total"] and packed[-1]["digest"]
+    details = http.post("/api/show", json={"model": "small"}).json()["details"]
+    assert details["quantization_level"] == name
+    *_, answer = records(http, "chat", model="small", messages=HELLO, options=GREEDY)
+    assert answer["done"] and answer["eval_count"] > 0
+
+
+def test_what_is_quantised_is_not_quantised_again(http):
+    list(records(http, "create", model="small", **{"from": "tiny"}, quantize="Q8_0"))
+    body = {"model": "smaller", "from": "small", "quantize": "Q4_0"}
+    answer = http.post("/api/create", json=body)
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {
+            "error": "quantization is only supported for F16, BF16 and F32 models, and this one is "
+            "Q8_0"
+        },
+    )
+
+
 def test_the_list_after_a_create(http):
     """Case 3: the names are full, and nothing in it expires."""
     assert records(http, "create", model="test-model", stream=False, **{"from": "tiny"})
