@@ -38,6 +38,14 @@ def test_a_chat_is_the_answer_to_its_rendered_prompt(llm):
     assert "".join(llm.chat(TALK, GREEDY, stream=True)) == text
 
 
+def test_a_chat_notes_how_likely_its_tokens_were(llm):
+    _, record = llm.chat(TALK, GREEDY, logprobs=2)
+    _, judge = llm.generate("[the][in][er]:", GREEDY, logprobs=2)
+    assert record.logprobs == judge.logprobs
+    assert len(record.logprobs) == record.stats.eval_count
+    assert all(len(one.top) == 2 for one in record.logprobs)
+
+
 def test_messages_are_records_or_mappings_and_the_last_may_begin_the_answer(llm):
     records = [Message(message["role"], message["content"]) for message in TALK]
     assert llm.chat(records, GREEDY)[0] == llm.chat(TALK, GREEDY)[0]
