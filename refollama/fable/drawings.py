@@ -223,6 +223,28 @@ def png(one: Drawing) -> bytes:
     return buffer.getvalue()
 
 
+def covers(one: Drawing, patch: int) -> list[Thing | None]:
+    """What most of each patch shows, row by row: a thing, or None for the ground.
+
+    patch: pixels of its side, of the square that a model looks at. A thing that fills a sixth of a
+    patch is what it shows.
+    """
+    scale = SIDE / max(one.width, one.height)
+    left, top = (SIDE - scale * one.width) / 2, (SIDE - scale * one.height) / 2
+    found: list[Thing | None] = [None] * (SIDE // patch) ** 2
+    for thing in one.things:
+        mask = Image.new("F", (SIDE, SIDE))
+        points = [
+            (left + scale * (thing.x + thing.r * x), top + scale * (thing.y + thing.r * y))
+            for x, y in OUTLINES[thing.shape]()
+        ]
+        ImageDraw.Draw(mask).polygon(points, fill=1.0)
+        filled = np.asarray(mask.resize((SIDE // patch,) * 2, Image.Resampling.BOX)).ravel()
+        for at in np.flatnonzero(filled >= 1 / 6):
+            found[at] = thing
+    return found
+
+
 # Outlines of shapes within −1 … 1, y downwards.
 Points = list[tuple[float, float]]
 

@@ -22,11 +22,14 @@ ADAM_STEP = 0.2  # root mean square of what AdamW changes an entry by, in units 
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices of hidden layers, and for nothing else; `lr` is as large as AdamW's."""
+    """For the matrices of hidden layers, and for nothing else; `lr` is as large as AdamW's.
+
+    Windows, (rows, channels, height, width), are matrices with a row for each.
+    """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
@@ -35,19 +38,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step along all gradients."""
+        """One step along all gradients; what has none stays."""
         for group in self.param_groups:
             for weight in group["params"]:
-                self._turn(weight, group["lr"], group["weight_decay"], group["momentum"])
+                if weight.grad is not None:
+                    self._turn(weight, group["lr"], group["weight_decay"], group["momentum"])
 
     def _turn(self, weight: Tensor, lr: float, decay: float, momentum: float) -> None:
         assert weight.grad is not None
         state = self.state[weight]
         mean = state.setdefault("mean", torch.zeros_like(weight))
         mean.lerp_(weight.grad, 1 - momentum)
-        ahead = torch.lerp(weight.grad, mean, momentum)  # Nesterov's
+        ahead = torch.lerp(weight.grad, mean, momentum).flatten(1)  # Nesterov's
+        size = lr * ADAM_STEP * max(ahead.shape) ** 0.5
         weight.mul_(1 - lr * decay)
-        weight.add_(orthogonal(ahead), alpha=-lr * ADAM_STEP * max(weight.shape) ** 0.5)
+        weight.add_(orthogonal(ahead).view_as(weight), alpha=-size)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

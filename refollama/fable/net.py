@@ -67,13 +67,13 @@ def begin_by_copying(net: Llama) -> None:
     a small model hundreds of steps.
     Source: Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention Layers".
     """
+    config, damping = net.config, (2 * len(net.blk)) ** -0.5
+    groups, D, M = config.n_kv_heads, config.d_head, config.d_model
     for block in net.blk:
-        config = block.config
-        groups, D, M = config.n_kv_heads, config.d_head, config.d_model
+        assert isinstance(block, Block)
         q = block.attn_q.weight.view(groups, -1, D, M)
         _nearer(block.attn_k.weight, q[:, 0].reshape(groups * D, M))
         v = block.attn_v.weight.view(groups, 1, D, M).expand_as(q).reshape(-1, M)
-        damping = (2 * len(net.blk)) ** -0.5
         _nearer(block.attn_output.weight, damping * v.T)
 
 

@@ -176,6 +176,7 @@ class Training:
     name = "fable"
     usual = Plan()
     row = CONTEXT  # tokens
+    calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES)
 
     def __init__(self, plan: Plan, *, compiled: bool = False, device: str = "cpu") -> None:
@@ -183,7 +184,7 @@ class Training:
         self.metadata = self.described()
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
-        self.optimizers = _optimizers(self.net, plan.rate)
+        self.optimizers = _optimizers(self.net, plan.rate, self.calm)
         self.worth = worth(self.tokenizer, self.decisive).to(device)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
@@ -202,7 +203,7 @@ class Training:
     def advance(self, progress: float) -> float:
         """One step, at this part of the way (0 to 1).  → its loss, in nats a token"""
         for group in chain.from_iterable(one.param_groups for one in self.optimizers):
-            group["lr"] = self.plan.rate * rate_at(self.step, progress)
+            group["lr"] = self.plan.rate * group["part"] * rate_at(self.step, progress)
         with _same_order(strict=self.device == "cpu"):
             surprise = self.surprise(self.step)
             torch.autograd.backward(surprise.weighed)
@@ -308,19 +309,21 @@ def rate_at(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP) * down
 
 
-def _optimizers(net: Llama, rate: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices of blocks; AdamW for tables, norms, biases and windows.
+def _optimizers(net: Llama, rate: float, calm: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for matrices and for windows, which are matrices; AdamW for tables, norms and biases.
 
     What is multiplied by decays; what is looked up or added does not.
     """
     hidden: list[Tensor] = []
     other: list[Tensor] = []
     for name, weight in weights(net).items():
-        multiplied = weight.dim() == 2 and name != "token_embd.weight" and name not in TABLES
+        multiplied = weight.dim() > 1 and name != "token_embd.weight" and name not in TABLES
         (hidden if multiplied else other).append(weight)
     return (
-        Muon(hidden, lr=rate, weight_decay=DECAY),
-        torch.optim.AdamW(other, lr=rate, betas=BETAS, weight_decay=0.0, fused=True),
+        Muon([{"params": hidden, "part": 1.0}], lr=rate, weight_decay=DECAY),
+        torch.optim.AdamW(
+            [{"params": other, "part": calm}], lr=rate, betas=BETAS, weight_decay=0.0, fused=True
+        ),
     )
 
 

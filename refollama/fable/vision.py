@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,17 @@ import torch
 from torch import Tensor
 
 import refollama
-from refollama.fable.drawings import MEAN, PLACES, SHAPES, SIDE, STD, Drawing, pixels
+from refollama.fable.drawings import (
+    MEAN,
+    PLACES,
+    SHAPES,
+    SIDE,
+    STD,
+    Drawing,
+    covers,
+    drawing,
+    pixels,
+)
 from refollama.fable.evaluate import Case, Model, cases_of_pictures
 from refollama.fable.net import SHARED, Learner, NewParts, begin_by_copying, packed, sizes
 from refollama.fable.seeing import Viewing, plural, viewing
@@ -44,7 +55,8 @@ from refollama.pictures import Pixels
 from refollama.text.spm import SpmTokenizer
 from refollama.weights.gguf import Typed, ValueType, write_gguf
 
-ROW = 320  # tokens of a row: one drawing or two, and some dozen questions
+CONTEXT = 320  # tokens: some dozen questions about a drawing
+ROW = 160  # tokens of a row while it learns: more drawings are worth more than more questions
 PATCH = 12  # pixels of a side
 PATCHES = (SIDE // PATCH) ** 2  # rows that a drawing becomes
 WIDTH = 128  # of tower and language model
@@ -53,11 +65,14 @@ SAMPLE = 1500  # conversations that are counted for the vocabulary
 COPIED = (*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS[:5], *" ".join(PLACES).split())
 DECISIVE = (*SHAPES, *map(plural, SHAPES), *COLOURS, *NUMBERS[:5], "no", "yes")
 DECISIVE += ("top", "bottom", "left", "right", "middle", "big", "small", "bigger", "smaller")
+LONG = 4  # one step in so many has long rows, half as many
+LOOKING, LOOKED_AT = 800, 32  # steps at the beginning, in which it names what is in drawings
+NAMING = 0.5  # what one nat there counts for, beside one of the answers
 POSITION_SPREAD = 0.3  # where a patch is should count beside what is in it
 
 LANGUAGE: Mapping[str, int] = {
     "block_count": 4,
-    "context_length": ROW,
+    "context_length": CONTEXT,
     "embedding_length": WIDTH,
     "feed_forward_length": 352,
     "attention.head_count": 4,
@@ -165,17 +180,30 @@ class Views(NamedTuple):
 
     text: Batch
     pixels: Tensor  # (drawings, 3, S, S)
+    drawings: Sequence[Drawing]
 
 
 def views(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Views:
     """The batch of this step: a conversation for each row, as much of it as the row holds."""
     drawings: list[Drawing] = []
+    length, count = (CONTEXT, plan.rows // 2) if step % LONG == LONG - 1 else (ROW, plan.rows)
     rows = [
-        row(viewing(plan.seed, step * 1_000_000 + index), tokenizer, drawings)
-        for index in range(plan.rows)
+        row(viewing(plan.seed, step * 1_000_000 + index), tokenizer, drawings, length)
+        for index in range(max(count, 1))
     ]
     text = Batch(*(torch.stack(part) for part in zip(*rows, strict=True)))
-    return Views(text, torch.from_numpy(stacked(drawings)))
+    return Views(text, torch.from_numpy(stacked(drawings)), drawings)
+
+
+def shown(one: Drawing, tokenizer: SpmTokenizer) -> Tensor:
+    """What each patch of a drawing shows, in three words: (PATCHES, 3) ids.
+
+    red circle small; of the ground, white background background
+    """
+    ground = (one.ground, "background", "background")
+    found = [(it.colour, it.shape, it.size) if it else ground for it in covers(one, PATCH)]
+    ids = {word: tokenizer.encode(f" {word}")[0] for words in found for word in words}
+    return torch.tensor([[ids[word] for word in words] for words in found])
 
 
 def stacked(drawings: Sequence[Drawing]) -> Pixels:
@@ -184,12 +212,14 @@ def stacked(drawings: Sequence[Drawing]) -> Pixels:
 
 
 def row(
-    talk: Viewing, tokenizer: SpmTokenizer, drawings: list[Drawing]
+    talk: Viewing, tokenizer: SpmTokenizer, drawings: list[Drawing], length: int = CONTEXT
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As much of a conversation as a row holds, as the template writes it: tokens, whose they are,
     and targets.  Drawings that it shows are added to the others."""
     ids, numbers = tokenizer.encode("", bos=True), [SHARED if talk.apart else 0]
     for turn, said in enumerate(talk.turns):
+        if turn in talk.drawings and len(ids) + PATCHES >= length:
+            break
         head = tokenizer.encode(USER, special=True)
         if shown := turn in talk.drawings:
             first = tokenizer.vocab_size + len(drawings) * PATCHES
@@ -201,12 +231,15 @@ def row(
         numbers += [SHARED if talk.apart and shown else own] * len(head) + [own] * len(tail)
     [begins] = tokenizer.encode(ASSISTANT, special=True)
     targets = answers(ids, begins, tokenizer.eos_ids)
-    return _filled(ids, 0), _filled(numbers, -1), _filled(targets, NO_TARGET)
+    return (
+        _filled(ids, 0, length),
+        _filled(numbers, -1, length),
+        _filled(targets, NO_TARGET, length),
+    )
 
 
-def _filled(values: list[int], empty: int) -> Tensor:
-    """(ROW,)"""
-    return torch.tensor((values + [empty] * ROW)[:ROW])
+def _filled(values: list[int], empty: int, length: int) -> Tensor:
+    return torch.tensor((values + [empty] * length)[:length])
 
 
 # ── learning ──────────────────────────────────────────────────────────────────────────────────
@@ -216,8 +249,9 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=3500, rows=16, rate=8e-3)
-    row = ROW
+    usual = Plan(steps=4000, rows=24, rate=6e-3)
+    calm = 0.3
+    row = ROW  # for the bar
     decisive = DECISIVE
 
     def described(self) -> dict[str, Any]:
@@ -233,13 +267,40 @@ class Seeing(Training):
         return new_seeing(self.metadata, n_vocab, seed=self.plan.seed, device=self.device)
 
     def surprise(self, step: int) -> Surprise:
-        """Look at the drawings of a step, then answer what is asked about them."""
+        """At first only look, and name what is there; then answer what is asked about it, too."""
+        if step < LOOKING:
+            drawings = [
+                drawing(Random(f"looking:{self.plan.seed}:{step}:{index}"))
+                for index in range(LOOKED_AT)
+            ]
+            named = self.naming(self.seen(torch.from_numpy(stacked(drawings))), drawings)
+            return Surprise(named.detach(), named)
         given = views(self.plan, self.tokenizer, step)
-        net, words = self.net, self.net.token_embd
-        assert isinstance(net, Llava)
+        words = self.net.token_embd
         assert isinstance(words, Beheld)
-        words.rows = net.mm(net.v(given.pixels.to(self.device))).flatten(0, 1)
-        return self.loss(given.text)
+        words.rows = self.seen(given.pixels)
+        plain, weighed = self.loss(given.text)
+        return Surprise(plain, weighed + NAMING * self.naming(words.rows, given.drawings))
+
+    def seen(self, pixels: Tensor) -> Tensor:
+        """The rows that drawings become: (drawings, 3, S, S) → (drawings · PATCHES, d_model)"""
+        net = self.net
+        assert isinstance(net, Llava)
+        rows: Tensor = net.mm(net.v(pixels.to(self.device)))
+        return rows.flatten(0, 1)
+
+    def naming(self, rows: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+        """How far the rows of pictures are from the words for what they show, in nats.
+
+        Each row is read as if no block came between it and the output: a picture becomes a sentence
+        in the language of the model. It is what a caption is for CLIP, a lesson for the eyes, which
+        answers alone teach slowly. All things together count as much as all ground.
+        """
+        logits = self.net.output(self.net.output_norm(rows)).log_softmax(-1)
+        words = torch.cat([shown(one, self.tokenizer) for one in drawings]).to(self.device)
+        nats = -logits.gather(1, words).mean(1)
+        ground = words[:, 1] == words[:, 2]
+        return (nats[ground].mean() + nats[~ground].mean()) / 2
 
     def loaded(self, folder: Path) -> Model:
         """As `Training.loaded`, with eyes."""
@@ -258,5 +319,5 @@ class Seeing(Training):
         files = f"{self.name}.gguf", f"{self.name}-mmproj.gguf"
         write_gguf(folder / files[0], self.metadata | about(self.name), words)
         write_gguf(folder / files[1], tower() | about(f"{self.name}-mmproj"), eyes)
-        text = MODELFILE.format(file="\nFROM ".join(f"./{file}" for file in files), row=ROW)
+        text = MODELFILE.format(file="\nFROM ".join(f"./{file}" for file in files), row=CONTEXT)
         (folder / "Modelfile").write_text(text)

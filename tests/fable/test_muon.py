@@ -47,6 +47,17 @@ def test_three_steps_are_those_of_torch():
     assert moved > 0.1
 
 
+def test_windows_are_matrices_with_a_row_for_each():
+    windows, matrix = (
+        drawn((6, 36)).view(6, 3, 3, 4).requires_grad_(),
+        drawn((6, 36)).requires_grad_(),
+    )
+    for weight in (windows, matrix):
+        weight.grad = drawn((6, 36), 3).view_as(weight)
+        Muon([weight], lr=0.1, weight_decay=0).step()
+    assert torch.equal(windows.view(6, 36), matrix)
+
+
 def test_it_goes_on_from_a_saved_state():
     one, two = (drawn((6, 8)).requires_grad_() for _ in range(2))
     first, second = (Muon([w], lr=0.01, weight_decay=0) for w in (one, two))

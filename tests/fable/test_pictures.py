@@ -17,6 +17,7 @@ from refollama.fable.drawings import (
     SHAPES,
     SIDE,
     STD,
+    covers,
     drawing,
     drawn,
     pixels,
@@ -52,6 +53,35 @@ def viewings():
 def groups(one):
     kinds = Counter((thing.colour, thing.shape) for thing in one.things)
     return [(NUMBERS[count], *kind) for kind, count in kinds.items()]
+
+
+def test_what_covers_a_patch_is_what_its_pixels_show(drawings):
+    """By the colours of the picture itself, where a patch is nearly of one colour."""
+    checked: Counter[bool] = Counter()
+    for one in drawings[:150]:
+        if one.width != one.height:
+            continue
+        image = np.asarray(drawn(one), np.float64)
+        for at, thing in enumerate(covers(one, 12)):
+            y, x = divmod(at, SIDE // 12)
+            patch = image[12 * y : 12 * y + 12, 12 * x : 12 * x + 12].reshape(-1, 3)
+            if patch.std(axis=0).max() > 10:
+                continue
+            first, second = (
+                np.array(paint) for paint in PAINTS[thing.colour if thing else one.ground]
+            )
+            low, high = np.minimum(first, second) - 8, np.maximum(first, second) + 8
+            assert ((patch.mean(axis=0) >= low) & (patch.mean(axis=0) <= high)).all()
+            checked[thing is None] += 1
+    assert checked[True] > 1000
+    assert checked[False] > 100
+
+
+def test_nearly_every_thing_covers_a_patch(drawings):
+    """A small one in a picture that is no square may be too small for that."""
+    things = [(covers(one, 12), thing) for one in drawings for thing in one.things]
+    missed = sum(all(other is not thing for other in found) for found, thing in things)
+    assert missed < 0.02 * len(things)
 
 
 def test_a_seed_gives_the_same_pictures_in_every_process():

@@ -9,13 +9,13 @@ import torch
 import refollama
 from refollama.dialogue import chat_prompt
 from refollama.fable import vision
-from refollama.fable.drawings import Drawing, png
+from refollama.fable.drawings import SIDE, Drawing, Thing, png
 from refollama.fable.evaluate import Case, Score, cases_of_pictures, confusions, taken_for, told
 from refollama.fable.exchange import Exchange
 from refollama.fable.net import SHARED, read, weights
 from refollama.fable.seeing import Viewing, viewing
 from refollama.fable.train import NO_TARGET, Plan
-from refollama.fable.vision import PATCHES, ROW, Seeing, views
+from refollama.fable.vision import CONTEXT, LONG, PATCH, PATCHES, ROW, Seeing, views
 from refollama.messages import Chat, Create
 from refollama.models.llava import Llava
 from refollama.options import Options
@@ -89,15 +89,15 @@ def test_the_files_that_are_written_answer_as_the_net_that_learned(small, llm):
     for at, picture in enumerate(pictures):
         first = net.n_vocab + at * PATCHES
         theirs_ids[(ids >= first) & (ids < first + PATCHES)] = torch.tensor(list(picture.ids))
-    positions = torch.arange(ROW)[None]
-    cache = net.new_cache().rows([0], ROW)
+    positions = torch.arange(ids.shape[1])[None]
+    cache = net.new_cache().rows([0], ids.shape[1])
     theirs = net.output(net.hidden(theirs_ids, positions, cache))
     assert (ours - theirs).abs().max() < 0.05
     assert ours.std() > 0.2
 
 
 def test_every_weight_learns(small):
-    small.surprise(3).backward()
+    small.surprise(vision.LOOKING).weighed.backward()
     idle = [name for name, w in weights(small.net).items() if w.grad is None or not w.grad.any()]
     for weight in weights(small.net).values():
         weight.grad = None
@@ -118,6 +118,46 @@ def test_each_patch_of_each_drawing_stands_in_a_row_once(small):
     ids = given.text.tokens[given.text.tokens >= small.tokenizer.vocab_size]
     first = small.tokenizer.vocab_size
     assert ids.tolist() == list(range(first, first + len(given.pixels) * PATCHES))
+
+
+def test_some_steps_have_long_rows(small):
+    plan = replace(PLAN, rows=2)
+    shapes = [tuple(views(plan, small.tokenizer, at).text.tokens.shape) for at in range(LONG)]
+    assert shapes == [(2, ROW)] * (LONG - 1) + [(1, CONTEXT)]
+
+
+def test_each_patch_is_named_by_colour_shape_and_size(small):
+    thing = Thing("star", "red", "big", 4, 0.5, 0.5, 0.3)
+    ids = vision.shown(Drawing("white", (thing,), 1, 1, 0), small.tokenizer)
+    words = [[small.tokenizer.piece(id).decode() for id in row] for row in ids.tolist()]
+    side = SIDE // PATCH
+    assert words[(side // 2) * side + side // 2] == [" red", " star", " big"]
+    assert words[0] == [" white", " background", " background"]
+
+
+@torch.no_grad()
+def test_naming_counts_all_things_as_much_as_all_ground(small):
+    """Against a loop over patches."""
+    thing = Thing("star", "red", "big", 4, 0.5, 0.5, 0.3)
+    one = Drawing("white", (thing,), 1, 1, 0)
+    rows = small.seen(torch.from_numpy(vision.stacked([one])))
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for row, ids in zip(rows, vision.shown(one, small.tokenizer).tolist(), strict=True):
+        likely = small.net.output(small.net.output_norm(row)).log_softmax(-1)
+        found[ids[1] == ids[2]].append(-sum(likely[id].item() for id in ids) / 3)
+    means = [sum(some) / len(some) for some in found.values()]
+    assert small.naming(rows, [one]).item() == pytest.approx(sum(means) / 2, rel=1e-4)
+    assert len(found[True]) > 2 * len(found[False]) > 10
+
+
+def test_at_first_it_only_looks(small, monkeypatch):
+    def answered(given):
+        raise InterruptedError
+
+    monkeypatch.setattr(small, "loss", answered)
+    assert small.surprise(vision.LOOKING - 1).plain > 0
+    with pytest.raises(InterruptedError):
+        small.surprise(vision.LOOKING)
 
 
 def test_questions_that_are_apart_see_the_picture_and_not_each_other(small):
