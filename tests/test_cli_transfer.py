@@ -160,7 +160,7 @@ def test_a_terminal_has_a_bar_while_a_layer_moves(server, monkeypatch):
         screen.sees("pulling abababababab: resumed at 1 MB of 4 MB\r\n")
         screen.sees("62%")
         assert "━" in screen.sees("2.5/4.0 MB")
-        screen.sees("MB/s")
+        screen.sees("B/s")
         held.go.set()
         screen.sees("pulling abababababab: 4 MB\r\n")
         screen.sees("success\r\n")

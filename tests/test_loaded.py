@@ -223,7 +223,7 @@ def test_more_kinds_of_memory_than_are_allowed_are_refused_while_all_are_busy(ll
     busy = [llm.stream("the", options=each) for each in options[:4]]
     for stream in busy:
         next(stream)
-    with pytest.raises(ServerBusy, match="4 other choices of f16_kv, low_vram and rope"):
+    with pytest.raises(ServerBusy, match="4 other choices of f16_kv, low_vram, adapters and rope"):
         next(llm.stream("the", options=options[4]))
     same = GREEDY | {"rope_frequency_base": 2.0}
     busy[0].close()

@@ -210,7 +210,7 @@ def test_licences_by_one_or_many(http):
         ({"files": {"m": 5}}, 400, "files must be an object of strings"),
         ({"files": ["m"]}, 400, "files must be an object"),
         ({"files": {"../m.safetensors": "sha256:" + "0" * 64}}, 400, "must be relative"),
-        ({"files": {"m.safetensors": "sha256:" + "0" * 64}}, 400, "safetensors"),
+        ({"files": {"m.safetensors": "sha256:" + "0" * 64}}, 404, "not found: upload it first"),
         ({"from": "tiny", "quantize": "q9"}, 400, "unknown type 'q9': quantise to one of Q8_0, "),
         ({"from": "tiny", "quantization": "q9"}, 400, "unknown type"),
         ({"from": "tiny", "quantize": 4}, 400, "quantize must be a string"),
