@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+STORY  := Tell me a story about a brave mouse.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run serve test test-slow fidelity lint types format bench notebooks clean
@@ -13,9 +14,9 @@ help:  ## print this list
 
 setup: $(VENV)/.test  ## make .venv with everything that developing needs
 
-run: $(VENV)/.run  ## talk to a model: make run MODEL=file.gguf PROMPT="Once upon a time"
-	@test -n "$$MODEL" || { echo 'Which model? make run MODEL=path/to/file.gguf PROMPT="Once upon a time"'; exit 2; }
-	@$(BIN)/refollama run "$$MODEL" $${PROMPT:+"$$PROMPT"}
+run: $(VENV)/.run  ## hear a story; or: make run MODEL=file.gguf PROMPT="Once upon a time"
+	@$(BIN)/refollama run "$${MODEL:-fable}" $(if $(MODEL)$(PROMPT),$${PROMPT:+"$$PROMPT"},"$(STORY)")
+	@$(if $(MODEL)$(PROMPT),,echo 'Now you: $(BIN)/refollama run fable')
 
 serve: $(VENV)/.run  ## answer HTTP requests at OLLAMA_HOST (default 127.0.0.1:11434)
 	@$(BIN)/refollama serve
@@ -44,7 +45,7 @@ bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, and pull,
 	$(BIN)/python -m benchmarks.first_light
 	$(BIN)/python -m benchmarks.registry $(if $(MEGABYTES),--megabytes $(MEGABYTES))
 
-# Without a model that speaks, what is saved in the notebooks is left alone.
+# The second one without a real model shows gibberish, so what is saved in them is left alone.
 notebooks: $(VENV)/.notebooks  ## run every notebook; with MODEL=file.gguf, save what it shows
 	$(if $(MODEL),MODEL="$(abspath $(MODEL))") $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.record_timing=False \

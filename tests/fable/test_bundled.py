@@ -141,5 +141,5 @@ def test_the_files_are_part_of_the_package():
     setup = ConfigParser()
     setup.read(root / "setup.cfg")
     packed = setup["options.package_data"]["refollama.fable"]
-    assert packed == "models/*/Modelfile, models/*/*.gguf"
+    assert packed == "models/*/Modelfile, models/*/*.gguf, models/*/*.json"
     assert root / "refollama" / "fable" / "models" == bundled.FOLDER
