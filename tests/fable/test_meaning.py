@@ -22,7 +22,9 @@ def client(tmp_path_factory):
     """Of a server of its own, whose store is empty at first."""
     store = tmp_path_factory.mktemp("models")
     with running(OLLAMA_MODELS=str(store), HOME=str(store.parent)) as (url, _):
-        yield ollama.Client(url)
+        client = ollama.Client(url)
+        yield client
+        client._client.close()
 
 
 def user(text, *images):
