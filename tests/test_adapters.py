@@ -41,7 +41,7 @@ def said(llm, **options):
 # ── in memory ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_request_has_scales_of_its_own(tiny, files):
+def test_each_request_has_scales_of_its_own(tiny, files, measured):
     """And what was read under other scales is never used: not one token of it."""
     with refollama.load(tiny, adapter=files) as llm:
         for scales in ([1, 0], [0.0, 1.0], [0.5, -0.5], [0, 0]):
@@ -53,6 +53,7 @@ def test_each_request_has_scales_of_its_own(tiny, files):
             assert again == wanted and cached > 0
     with refollama.load(tiny) as plain:
         assert said(plain)[0] == wanted  # the last scales were nought
+    measured("options", "adapters", "definition", "equal", 4)
 
 
 def test_answers_under_different_scales_side_by_side(tiny, files):
