@@ -118,6 +118,7 @@ def test_another():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("then", "said"), [("assert False", "not all tests passed"), ("", "options: num_ctx, ")]
 )

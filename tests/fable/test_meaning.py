@@ -105,6 +105,7 @@ def test_a_model_that_is_created_from_it_keeps_its_system_message(client):
     assert {"fable:latest", "parrot:latest"} <= {one.model for one in client.list().models}
 
 
+@pytest.mark.slow
 def test_a_story_stays_true_to_its_hero(client):
     parts = client.chat(
         "fable", [user("Tell me a story about a brave mouse.")], options=GREEDY, stream=True
@@ -139,6 +140,7 @@ def test_a_schema_makes_it_choose(client):
     assert json.loads(answer(client, *messages, asked, format=schema)) == {"name": "Lily"}
 
 
+@pytest.mark.slow
 def test_log_probabilities_tell_how_sure_it_is(client):
     """Of what it was told it is sure, of what it may choose it is not."""
     known = client.chat(
@@ -172,6 +174,7 @@ def cosine(a, b):
     return dot / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
 
 
+@pytest.mark.slow
 def test_sentences_about_the_same_animal_are_closer(client):
     """Sentences of different forms, of which some are about one animal: on the mean, and for three
     in four of them. (A model this small mostly notes the form of a sentence.)"""

@@ -550,6 +550,7 @@ def open_gguf_of(path: Path, raw: bytes):
     return open_gguf(path)
 
 
+@pytest.mark.slow
 def test_thousands_of_damaged_files_in_bounded_memory_and_time(tmp_path):
     chance, raws, path = random.Random(1), victims(tmp_path), tmp_path / "damaged.gguf"
     numbers = [0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 2**40, 13]

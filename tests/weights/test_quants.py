@@ -175,6 +175,7 @@ def test_blocks_at_an_odd_address_unpack_the_same(layout):
     assert torch.equal(layout.unpack(also_odd[:1]), expected[:1])
 
 
+@pytest.mark.slow
 @EVERY
 def test_unpacking_compiles_without_a_break(layout):
     """The fast path compiles a net as a whole: nothing here may ask for an address."""
