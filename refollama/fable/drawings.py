@@ -187,11 +187,7 @@ def drawn(one: Drawing) -> Image.Image:
     canvas.paste(_shade(rng, one.ground), (0, 0, *canvas.size))
     pen = ImageDraw.Draw(canvas)
     for thing in one.things:
-        points = [
-            (scale * (thing.x + thing.r * x), scale * (thing.y + thing.r * y))
-            for x, y in OUTLINES[thing.shape]()
-        ]
-        pen.polygon(points, fill=_shade(rng, thing.colour))
+        pen.polygon(_corners(thing, scale), fill=_shade(rng, thing.colour))
     small = canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.BOX)
     return _noisy(small, one.seed, rng.randrange(NOISE))
 
@@ -234,15 +230,19 @@ def covers(one: Drawing, patch: int) -> list[Thing | None]:
     found: list[Thing | None] = [None] * (SIDE // patch) ** 2
     for thing in one.things:
         mask = Image.new("F", (SIDE, SIDE))
-        points = [
-            (left + scale * (thing.x + thing.r * x), top + scale * (thing.y + thing.r * y))
-            for x, y in OUTLINES[thing.shape]()
-        ]
-        ImageDraw.Draw(mask).polygon(points, fill=1.0)
+        ImageDraw.Draw(mask).polygon(_corners(thing, scale, left, top), fill=1.0)
         filled = np.asarray(mask.resize((SIDE // patch,) * 2, Image.Resampling.BOX)).ravel()
         for at in np.flatnonzero(filled >= 1 / 6):
             found[at] = thing
     return found
+
+
+def _corners(thing: Thing, scale: float, left: float = 0, top: float = 0) -> Points:
+    """Its outline in pixels."""
+    return [
+        (left + scale * (thing.x + thing.r * x), top + scale * (thing.y + thing.r * y))
+        for x, y in OUTLINES[thing.shape]()
+    ]
 
 
 # Outlines of shapes within −1 … 1, y downwards.

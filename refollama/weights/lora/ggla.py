@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from refollama.errors import FormatError
-from refollama.weights.lora.record import Adapter, Base, Pair, turned
+from refollama.weights.lora.record import Adapter, Base, Pair, paired, turned
 
 MAGIC = b"algg"
 HEAD = struct.Struct("<4sIii")
@@ -86,11 +86,4 @@ def _pairs(tensors: dict[str, Tensor], scale: float) -> dict[str, Pair]:
     for name in tensors:
         if not name.endswith(HALVES):
             raise FormatError(f"{name!r} is no half of a change: expected …{' or …'.join(HALVES)}")
-    pairs = {}
-    for name in dict.fromkeys(name[: -len(HALVES[0])] for name in tensors):
-        missing = [name + half for half in HALVES if name + half not in tensors]
-        if missing:
-            raise FormatError(f"{missing[0]} is missing")
-        a, b = (tensors[name + half] for half in HALVES)
-        pairs[name] = Pair(a.mT.contiguous(), b, scale)
-    return pairs
+    return {name: Pair(a.mT.contiguous(), b, scale) for name, a, b in paired(tensors, HALVES)}

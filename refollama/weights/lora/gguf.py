@@ -23,7 +23,7 @@ from refollama.errors import FormatError, UnsupportedModel
 from refollama.weights import open_weights
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.gguf import GGUF, open_gguf, write_gguf
-from refollama.weights.lora.record import Adapter, Base, Pair
+from refollama.weights.lora.record import Adapter, Base, Pair, paired
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,7 @@ def _tensors(file: GGUF) -> dict[str, Tensor]:
 
 def _pairs(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Pair]:
     pairs = {}
-    for name in dict.fromkeys(name[: -len(HALVES[0])] for name in tensors):
-        missing = [name + half for half in HALVES if name + half not in tensors]
-        if missing:
-            raise FormatError(f"{missing[0]} is missing")
-        a, b = (tensors[name + half] for half in HALVES)
+    for name, a, b in paired(tensors, HALVES):
         a, b = (b.mT.contiguous(), a) if name == EMBEDDING else (a, b)
         rank = b.shape[-1]
         pairs[name] = Pair(a, b, alpha / rank if alpha and rank else 1.0)

@@ -7,7 +7,7 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,6 +92,21 @@ class Base:
             layer = int(blk.removeprefix("blk."))
             return int(found[layer]) if layer < len(found) else 0
         return found if isinstance(found, int) else 0
+
+
+def paired(
+    tensors: Mapping[str, Tensor], halves: tuple[str, str]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The name of each matrix, and its two tensors, as they lie; `halves` is how their names end.
+
+    Raises: FormatError if one is there without the other.
+    """
+    for name in dict.fromkeys(name[: -len(halves[0])] for name in tensors):
+        missing = [name + half for half in halves if name + half not in tensors]
+        if missing:
+            raise FormatError(f"{missing[0]} is missing")
+        a, b = (tensors[name + half] for half in halves)
+        yield name, a, b
 
 
 def turned(name: str, pair: Pair, base: Base) -> Pair:
