@@ -10,7 +10,7 @@ the same in bfloat16, which takes three times as long on processors that have no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,16 +42,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._turn(weight, group["lr"], group["weight_decay"], group["momentum"])
+                    self._turn(weight, weight.grad, group)
 
-    def _turn(self, weight: Tensor, lr: float, decay: float, momentum: float) -> None:
-        assert weight.grad is not None
-        state = self.state[weight]
-        mean = state.setdefault("mean", torch.zeros_like(weight))
-        mean.lerp_(weight.grad, 1 - momentum)
-        ahead = torch.lerp(weight.grad, mean, momentum).flatten(1)  # Nesterov's
+    def _turn(self, weight: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+        lr, momentum, state = group["lr"], group["momentum"], self.state[weight]
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(weight)
+        mean = state["mean"].lerp_(grad, 1 - momentum)
+        ahead = torch.lerp(grad, mean, momentum).flatten(1)  # Nesterov's
         size = lr * ADAM_STEP * max(ahead.shape) ** 0.5
-        weight.mul_(1 - lr * decay)
+        weight.mul_(1 - lr * group["weight_decay"])
         weight.add_(orthogonal(ahead).view_as(weight), alpha=-size)
 
 
