@@ -277,21 +277,33 @@ def _line(command: Command) -> str:
         return f'# {error}\n{command.name.upper()} """{text}"""'
 
 
+def settings_of(files: ModelFiles) -> str:
+    """A Modelfile without its sources: what makes of bare weights this model."""
+    return "".join(f"{_line(command)}\n" for command in _settings(files, files.licenses))
+
+
 def _commands(store: Store, files: ModelFiles) -> Iterator[Command]:
-    """In Ollama's order; what the parent passes on is not said again."""
+    """Sources and settings; what the parent passes on is not said again."""
     parent = _parent(store, files)
     yield Command("from", (str(parent.name) if parent else _path(files.weights),))
     for path in files.projectors:
         if parent is None or path not in parent.projectors:
             yield Command("from", (_path(path),))
+    adapters = [Command("adapter", (_path(path),)) for path in files.adapters]
+    licenses = [text for text in files.licenses if parent is None or text not in parent.licenses]
+    yield from _settings(files, licenses, adapters)
+
+
+def _settings(
+    files: ModelFiles, licenses: Sequence[str], adapters: Sequence[Command] = ()
+) -> Iterator[Command]:
+    """In Ollama's order, in which adapters stand in the middle."""
     for name, text in (("template", files.template), ("system", files.system)):
         if text:
             yield Command(name, (text,))
-    yield from (Command("adapter", (_path(path),)) for path in files.adapters)
+    yield from adapters
     yield from _parameter_commands(files.parameters)
-    for text in files.licenses:
-        if parent is None or text not in parent.licenses:
-            yield Command("license", (text,))
+    yield from (Command("license", (text,)) for text in licenses)
     yield from (Command("message", (turn.role, turn.content)) for turn in files.messages)
 
 

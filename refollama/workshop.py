@@ -3,6 +3,7 @@
     perplexity   how well a model foretells a text
     imatrix      which columns of its matrices matter, while it reads a text
     quantize     a model, packed as another type
+    export       a model as a folder that transformers loads
 
 `cli.py` adds them to its own. torch is imported when one of them begins to work.
 """
@@ -21,6 +22,7 @@ from refollama import terminal
 from refollama.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
+    from refollama.export import Exported
     from refollama.loaded import LoadedModel
     from refollama.perplexity import Window
     from refollama.quantize import Change
@@ -169,6 +171,41 @@ def _change_row(change: Change, error: float) -> tuple[str, ...]:
     return change.name, shape, change.old, change.new, f"{error:.3e}" if error else "0"
 
 
+@click.command(
+    epilog=_examples(
+        "refollama export tale ./tale",
+        "refollama export ./tale-Q4_0.gguf ./tale --dtype F32",
+        "refollama export tale ./tale --format gguf --dtype F16    # unpacked",
+    )
+)
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    default="safetensors",
+    show_default=True,
+    metavar="safetensors|gguf",
+    help="For transformers, or for llama.cpp and us.",
+)
+@click.option("--dtype", metavar="F32|F16|BF16", help="Of the new weights.")
+def export(model: str, folder: Path, format: str, dtype: str | None) -> None:
+    """Write a model as a folder that others can load.
+
+    MODEL is a name or the path of a .gguf file; FOLDER is new, or empty. safetensors: the weights
+    are unpacked, under the names of Hugging Face, with settings and tokenizer; without --dtype they
+    are what most of them were, or F16 if they were packed. gguf: the files themselves; with --dtype
+    unpacked. Eyes come along, and adapters are added to the weights. A Modelfile lies beside them:
+    `refollama create NAME -f FOLDER/Modelfile` makes the same model again.
+    """
+    from refollama.export import export as write
+
+    with terminal.counter("exporting", "bytes") as moved:
+        write(_exported(model), folder, format, dtype, told=moved)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    size = terminal.human_size(sum(path.stat().st_size for path in files))
+    click.echo(f"wrote {folder}: {size} in {len(files)} files")
+
+
 # --- what they share -------------------------------------------------------------------------
 
 
@@ -177,6 +214,28 @@ def _loaded(model: str) -> LoadedModel:
 
     with terminal.spinner("loading"):
         return load(model)
+
+
+def _exported(model: str) -> Exported:
+    """The files of a model, by its path or its name."""
+    from refollama.export import Exported
+    from refollama.fable.bundled import stock
+    from refollama.show import settings_of
+    from refollama.store import Name, Store
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        return Exported(path, name=path.stem)
+    store = Store.default()
+    stock(store, model)
+    files = store.resolve(Name.parse(model))
+    return Exported(
+        files.weights,
+        next(iter(files.projectors), None),
+        files.adapters,
+        settings_of(files),
+        files.name.model,
+    )
 
 
 def _text(path: str) -> str:
@@ -200,4 +259,4 @@ def _check_free(path: Path, force: bool) -> None:
     click.confirm(f"{path} exists. Write over it?", abort=True, err=True)
 
 
-COMMANDS = (perplexity, imatrix, quantize)
+COMMANDS = (perplexity, imatrix, quantize, export)

@@ -26,6 +26,7 @@ FLOORS = [
         "fast",
         "trace",
         "quantize",
+        "export",
         "cachekind",
     },
     {"loaded", "create", "show", "vocabularies", "fable"},

@@ -1,4 +1,4 @@
-"""CHECKPOINTS ↔ GGUF: folders with safetensors, as researchers have them. Without torch."""
+"""CHECKPOINTS → GGUF: folders with safetensors, as researchers have them. Without torch."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _rope(config: Settings, d_head: int) -> tuple[dict[str, Any], dict[str, Floa
     if kind in PLAIN:
         return keys, {}
     if kind == "llama3":
-        return keys, {"rope_freqs.weight": _divisors(scaling, d_head)}
+        return keys, {"rope_freqs.weight": llama3_divisors(scaling, d_head)}
     keys |= {f"rope.scaling.{key}": value for key, value in _stretched(kind, scaling).items()}
     tables = {}
     if SCALINGS[kind] == "longrope":
@@ -244,7 +244,7 @@ def _long_gain(scaling: Settings, stretch: float, trained: int) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(trained))
 
 
-def _divisors(scaling: Settings, d_head: int) -> Floats:
+def llama3_divisors(scaling: Settings, d_head: int) -> Floats:
     """Llama 3.1's divisor of each pair's frequency, by its wavelength in tokens.  → (D/2,)
 
     Below old / high a pair is left alone, above old / low it is slowed by the factor; a blend of

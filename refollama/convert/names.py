@@ -1,8 +1,10 @@
 """A checkpoint's names and a GGUF file's, side by side: which tensor is which, and how it is laid.
 
-model.layers.3.self_attn.q_proj.weight                   blk.3.attn_q.weight, rows by turns
-model.layers.3.block_sparse_moe.experts.0.w1.weight ┐
-model.layers.3.block_sparse_moe.experts.1.w1.weight ┴─   blk.3.ffn_gate_exps.weight, stacked
+    model.layers.3.self_attn.q_proj.weight                   blk.3.attn_q.weight, rows by turns
+    model.layers.3.block_sparse_moe.experts.0.w1.weight ┐
+    model.layers.3.block_sparse_moe.experts.1.w1.weight ┴─   blk.3.ffn_gate_exps.weight, stacked
+
+Import and export read this one table, so that what goes there comes back.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from refollama.convert.config import Language
 from refollama.convert.folder import Settings
@@ -125,5 +128,15 @@ def neighbours(rows: Array, d_head: int) -> Array:
     What is rotated together lies together in a GGUF file of this family; in a checkpoint it lies
     half a head apart.   Example: one head of 6 rows, 0 1 2 3 4 5 → 0 3 1 4 2 5
     """
-    apart = rows.reshape(-1, 2, d_head // 2, *rows.shape[1:])
-    return np.ascontiguousarray(apart.swapaxes(1, 2)).reshape(rows.shape)
+    return _swapped(rows, (-1, 2, d_head // 2))
+
+
+def halves(rows: Array, d_head: int) -> Array:
+    """The way back: `halves(neighbours(rows, D), D)` are the rows.  (n · D, …) → the same"""
+    return _swapped(rows, (-1, d_head // 2, 2))
+
+
+def _swapped(rows: Array, parts: tuple[int, int, int]) -> Array:
+    apart = rows.reshape(*parts, *rows.shape[1:])
+    found: npt.NDArray[np.generic] = apart.swapaxes(1, 2)
+    return np.ascontiguousarray(found).reshape(rows.shape)

@@ -1,0 +1,346 @@
+"""What was imported goes back as it came; the judges are the libraries that wrote it."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+
+from refollama import load, workshop
+from refollama.convert import Folder, convert
+from refollama.convert.names import halves, neighbours
+from refollama.create import create
+from refollama.errors import BadRequest, FormatError, StoreError, UnsupportedModel
+from refollama.export import Exported, export, words
+from refollama.messages import Create
+from refollama.store import Name, Store
+from refollama.text import tokenizer_from
+from refollama.weights import open_weights
+from refollama.weights.gguf import open_gguf, write_gguf
+from tests import tiny
+from tests.adapters import write_plain
+from tests.convert.checkpoints import (
+    byte_level,
+    sentencepiece_model,
+    small,
+    write_folder,
+    write_llava,
+)
+from tests.convert.test_import import TEXTS, converted
+from tests.golden.small_models import MODELS
+
+# Without a window it computes what a Llama does, and its file calls it one.
+PLAIN_MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+def there_and_back(folder, place, dtype=None, **more):
+    """→ the folder that is made of the folder's GGUF files"""
+    model, *eyes = converted(folder, place, dtype)
+    export(Exported(model, *eyes), place / "back", **more)
+    return place / "back"
+
+
+def tensors_of(folder):
+    return {n: x for path in folder.glob("*.safetensors") for n, x in load_file(path).items()}
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (values.dtype, values.shape)
+        assert ours[name].tobytes() == values.tobytes(), name
+
+
+# ── there and back ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_comes_back_bit_for_bit(name, tmp_path):
+    folder = write_folder(tmp_path / name, MODELS[name])
+    back = there_and_back(folder, tmp_path)
+    same(tensors_of(back), tensors_of(folder))
+    again = json.loads((back / "config.json").read_text())
+    again |= PLAIN_MISTRAL if name == "mistral" else {}
+    known = again.keys() & MODELS[name].keys()
+    assert len(known) >= 11
+    assert {key: again[key] for key in known} == {key: MODELS[name][key] for key in known}
+    [before], [after] = convert(Folder.at(folder)), convert(Folder.at(back))
+    assert {**after.metadata, "general.name": ""} == {**before.metadata, "general.name": ""}
+
+
+def test_so_does_a_llava(tmp_path):
+    folder = write_llava(tmp_path / "llava")
+    back = there_and_back(folder, tmp_path)
+    ours, theirs = tensors_of(back), tensors_of(folder)
+    vocabulary = {n for n in theirs if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    for name in vocabulary:  # `<image>` was nobody's token: it has a row now
+        assert not ours[name][-1].any()
+        ours[name] = ours[name][:-1]
+    same(ours, theirs)
+    config = json.loads((back / "config.json").read_text())
+    assert config["image_token_index"] == len(ours["language_model.model.embed_tokens.weight"])
+    _, before = convert(Folder.at(folder))
+    _, after = convert(Folder.at(back))
+    assert plain(after.metadata) == plain(before.metadata)
+
+
+def plain(metadata):
+    """Numbers as float32 has them."""
+    values = {key: getattr(value, "value", value) for key, value in metadata.items()}
+    return {
+        key: str(np.array(value, np.float32 if is_fraction(value) else None))
+        for key, value in values.items()
+    }
+
+
+def is_fraction(value):
+    return any(isinstance(one, float) for one in (value if isinstance(value, list) else [value]))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_a_folder_keeps_its_type(dtype, tmp_path):
+    """Norms are F32 in a GGUF file; they come from the narrower type, and go back to it."""
+    settings, tensors = small()
+    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    tensors = {n: torch.from_numpy(x).to(narrow) for n, x in tensors.items()}
+    folder = write_folder(tmp_path / "a", settings)
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    back = there_and_back(folder, tmp_path)
+    found = load_torch(back / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    named = {"F16": "float16", "BF16": "bfloat16"}[dtype]
+    assert json.loads((back / "config.json").read_text())["torch_dtype"] == named
+
+
+def test_rows_go_back_to_their_halves():
+    rows = np.arange(24).reshape(12, 2)
+    assert np.array_equal(halves(neighbours(rows, 6), 6), rows)
+    assert np.array_equal(neighbours(halves(rows, 6), 6), rows)
+
+
+def test_shards_are_no_larger_than_asked_for(tmp_path):
+    folder = write_folder(tmp_path / "a", MODELS["mixtral"])
+    back = there_and_back(folder, tmp_path, shard=30_000)
+    sizes = [path.stat().st_size for path in back.glob("*.safetensors")]
+    assert len(sizes) > 3
+    assert max(sizes) < 34_000
+    same(tensors_of(back), tensors_of(folder))
+    [before], [after] = convert(Folder.at(folder)), convert(Folder.at(back))
+    assert after.tensors.keys() == before.tensors.keys()
+
+
+# ── words ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("pre", ["llama3", "qwen2", "gpt-2", "deepseek-coder"])
+def test_a_byte_level_tokenizer_gives_the_ids_that_the_file_gave(pre, tmp_path):
+    settings = MODELS["mistral"] | {"vocab_size": 300}
+    tensors = small_of(300)
+    folder = write_folder(tmp_path / "a", settings, tensors)
+    theirs = byte_level(300, pre, bos="<s>")
+    (folder / "tokenizer.json").write_text(theirs.to_str())
+    back = there_and_back(folder, tmp_path)
+    ours = tokenizers.Tokenizer.from_file(str(back / "tokenizer.json"))
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text).ids) == theirs.decode(theirs.encode(text).ids)
+
+
+def small_of(rows):
+    tensors = small()[1]
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    return {n: np.resize(x, (rows, *x.shape[1:])) if n in tables else x for n, x in tensors.items()}
+
+
+def test_a_sentencepiece_model_comes_back_and_as_merges_too(tmp_path):
+    data, library = sentencepiece_model()
+    rows = library.vocab_size()
+    folder = write_folder(tmp_path / "a", MODELS["mistral"] | {"vocab_size": rows}, small_of(rows))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(data)
+    back = there_and_back(folder, tmp_path)
+    assert (back / "tokenizer.model").read_bytes() == data
+    merges = tokenizers.Tokenizer.from_file(str(back / "tokenizer.json"))
+    for text in TEXTS[:3]:
+        assert merges.encode(text, add_special_tokens=False).ids == library.encode(text)
+        assert merges.encode(text).ids == [library.bos_id(), *library.encode(text)]
+    assert merges.decode(library.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_the_vocabularies_of_large_models_come_back_as_merges(oracles):
+    """SentencePiece's own order of merging is kept: by score, the leftmost first."""
+    metadata = open_gguf(oracles / "stories260K.gguf").metadata
+    ours = tokenizer_from(metadata)
+    spec = words.files(metadata, {"max_position_embeddings": 512})["tokenizer.json"]
+    merges = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for text in TEXTS[:3]:
+        assert merges.encode(text).ids == ours.encode(text, bos=True)
+
+
+# ── other models than those that came in ──────────────────────────────────────────────────────
+
+
+def packed(path, type="Q8_0", **changes):
+    """A file of tests/tiny.py."""
+    return tiny.write_model(path, type=type, **changes)
+
+
+def test_packed_weights_are_unpacked_to_the_last_bit(tmp_path):
+    model = packed(tmp_path / "a.gguf")
+    export(Exported(model), tmp_path / "b", dtype="F32")
+    found = tensors_of(tmp_path / "b")
+    weights = open_weights(model)
+    down = weights["blk.1.ffn_down.weight"].unpack().numpy()
+    assert np.array_equal(found["model.layers.1.mlp.down_proj.weight"], down)
+    [again] = converted(tmp_path / "b", tmp_path)
+    ids = [1, 5, 9, 12]
+    assert torch.equal(load(again).logits(ids), load(model).logits(ids))
+
+
+def test_an_adapter_is_added_to_the_weights(tmp_path):
+    model = packed(tmp_path / "a.gguf", type="F32")
+    weights = open_weights(model)
+    shape = weights["blk.0.attn_q.weight"].shape
+    a, b = torch.randn(2, shape[1]) * 0.1, torch.randn(shape[0], 2) * 0.1
+    adapter = tmp_path / "lora.gguf"
+    write_plain(adapter, {"blk.0.attn_q": (a.numpy(), b.numpy())})
+    export(Exported(model, adapters=[adapter]), tmp_path / "b")
+    [merged] = converted(tmp_path / "b", tmp_path)
+    branch = load(model, adapter=adapter).logits([1, 5, 9, 12])
+    assert torch.allclose(load(merged).logits([1, 5, 9, 12]), branch, atol=1e-4)
+    assert not torch.allclose(load(model).logits([1, 5, 9, 12]), branch, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [None, "F16"])
+def test_gguf_files_are_the_model_itself_or_unpacked(dtype, tmp_path):
+    model = packed(tmp_path / "a.gguf", type="Q4_0")
+    export(Exported(model, name="a"), tmp_path / "b", "gguf", dtype)
+    found, before = open_gguf(tmp_path / "b" / "a.gguf"), open_gguf(model)
+    assert {**plain(found.metadata), "general.file_type": ""} == {
+        **plain(before.metadata),
+        "general.file_type": "",
+    }
+    ours, theirs = open_weights(found), open_weights(before)
+    for name, tensor in theirs.items():
+        matrix = len(tensor.shape) > 1
+        assert ours[name].type == (dtype if dtype and matrix else tensor.type)
+        exact = tensor.unpack().to(torch.float16 if dtype and matrix else torch.float32).float()
+        assert torch.equal(ours[name].unpack(), exact)
+    assert (tmp_path / "b" / "Modelfile").read_text() == "FROM ./a.gguf\n"
+
+
+def test_the_command_writes_a_folder_of_which_the_same_model_is_made(tmp_path, monkeypatch):
+    """With its template and parameters."""
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    store = Store.default()
+    lines = "FROM ./a.gguf", "TEMPLATE {{ .Prompt }}!", "PARAMETER top_k 3", "SYSTEM hi"
+    packed(tmp_path / "a.gguf")
+    for _ in create(
+        store, Create("mine", "\n".join(lines), directory=str(tmp_path)), local_files=True
+    ):
+        pass
+    ran = CliRunner().invoke(workshop.export, ["mine", str(tmp_path / "b"), "--dtype", "F32"])
+    assert ran.exit_code == 0, ran.output
+    assert "wrote" in ran.output
+    recipe = Create("back", path=str(tmp_path / "b" / "Modelfile"))
+    for _ in create(store, recipe, local_files=True):
+        pass
+    mine, back = (store.resolve(Name.parse(name)) for name in ("mine", "back"))
+    assert (back.template, back.system, back.parameters) == (
+        mine.template,
+        mine.system,
+        mine.parameters,
+    )
+    ids = [1, 5, 9, 12]
+    assert torch.equal(load("back").logits(ids), load("mine").logits(ids))
+    assert CliRunner().invoke(workshop.export, ["mine", str(tmp_path / "b")]).exit_code != 0
+
+
+# ── what cannot be ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"rope.dimension_count": 8}, "d_rotated"),
+        ({"feed_forward_length": [96, 64]}, "layers"),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 2.0,
+                "rope.scaling.yarn_ext_factor": 0.5,
+            },
+            "ext_factor",
+        ),
+    ],
+)
+def test_what_transformers_has_no_setting_for_is_refused(changes, lost, tmp_path):
+    model = packed(tmp_path / "a.gguf", type="F32", **changes)
+    with pytest.raises(UnsupportedModel, match=lost):
+        export(Exported(model), tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf"]
+
+
+def test_other_divisors_than_llama_3s_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", MODELS["llama3"])
+    [model] = converted(folder, tmp_path)
+    file = open_gguf(model)
+    tensors = {n: (t.type, t.shape, file.bytes_of(n)) for n, t in file.tensors.items()}
+    type, shape, _ = tensors["rope_freqs.weight"]
+    tensors["rope_freqs.weight"] = (type, shape, np.linspace(1, 3, shape[0], dtype=np.float32))
+    write_gguf(tmp_path / "b.gguf", {k: file.typed(k) for k in file.metadata}, tensors)
+    with pytest.raises(UnsupportedModel, match="rope_freqs"):
+        export(Exported(tmp_path / "b.gguf"), tmp_path / "c")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    model = packed(tmp_path / "a.gguf")
+    place = tmp_path / "b"
+    place.mkdir()
+    export(Exported(model), place)  # empty
+    before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
+    for target in (place, model):
+        with pytest.raises(BadRequest, match="exists already"):
+            export(Exported(model), target)
+    assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("onnx", None), ("gguf", "Q4_0")])
+def test_the_allowed_values_are_named(format, dtype, tmp_path):
+    model = packed(tmp_path / "a.gguf")
+    with pytest.raises(BadRequest, match=r"supported: (safetensors, gguf|F32, F16, BF16)"):
+        export(Exported(model), tmp_path / "b", format, dtype)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+def test_a_damaged_model_leaves_nothing(format, tmp_path, monkeypatch):
+    model = packed(tmp_path / "a.gguf")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        export(Exported(model), tmp_path / "b", format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf"]
+
+
+def test_a_number_too_large_for_the_type_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", *large())
+    [model] = converted(folder, tmp_path)
+    with pytest.raises((UnsupportedModel, FormatError), match="too large for F16"):
+        export(Exported(model), tmp_path / "b", dtype="F16")
+    assert not (tmp_path / "b").exists()
+
+
+def large():
+    settings, tensors = small()
+    tensors["model.norm.weight"][0] = 1e6
+    return settings, tensors
