@@ -155,8 +155,8 @@ def contradictions(story: str, wishes: Sequence[str] = ()) -> list[str]:
     colours = set(re.findall(rf"\b{name} (?:was|had an?) ({_ANY_COLOUR})\b", story))
     colours |= set(re.findall(rf"\b({_ANY_COLOUR}) {animal}\b", story))
     called = re.findall(rf"\b{name} the (?:(?:{_ANY_COLOUR}) )?({_ANY_ANIMAL})\b", story)
-    problems = [f"names: {names}"] * (len(set(names)) > 2)
-    problems += [f"animals: {animals}"] * (len(set(animals)) > 2)
+    problems = [f"names: {names}"] * (len(set(names)) != 2)
+    problems += [f"animals: {animals}"] * (len(set(animals)) != 2)
     problems += [f"colours: {sorted(colours)}"] * (len(colours) != 1)
     problems += [f"{name} the {other}" for other in called if other != animal]
     return problems + _unkept(wishes, {name, animal, *colours}, story)

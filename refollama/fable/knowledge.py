@@ -399,16 +399,16 @@ def unknown(rng: Random) -> Exchange:
 
 Lesson = Callable[[Random], Exchange]
 LESSONS: Mapping[Lesson, int] = {  # how often each comes, by weight
-    sums: 6,
+    sums: 9,
     counting: 3,
     opposites: 3,
     families: 2,
-    days: 3,
-    weather: 2,
-    colours: 2,
+    days: 2,
+    weather: 1,
+    colours: 1,
     animals: 2,
-    manners: 6,
-    unknown: 4,
+    manners: 4,
+    unknown: 3,
 }
 
 

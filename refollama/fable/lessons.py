@@ -21,7 +21,8 @@ from refollama.fable.world import ANIMALS, NAMES, a
 from refollama.messages import Message
 
 LONGEST = 1500  # characters; some 400 tokens
-MOST_TURNS = 10
+MOST_TURNS = 14
+TRIES = 4  # to find a question that was not answered before
 CROWD = 30  # names and animals in one conversation, after which no more come
 
 # ── styles: what a system message may ask for ─────────────────────────────────────────────────
@@ -122,7 +123,7 @@ def conversation(seed: int, index: int, held: bool = False) -> Conversation:
     """The conversation of this number; `held`: of combinations that training never shows."""
     rng = Random(f"{seed}:{index}:{held}")
     session = Session(rng, held)
-    for _ in range(rng.choice((1, 2, 3, 4, 5, 6, 8, MOST_TURNS))):
+    for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 10, 12, MOST_TURNS))):
         if not session.turn():
             break
     return Conversation(session.system, session.style.__name__, tuple(session.turns))
@@ -137,6 +138,8 @@ class Session:
         self.name = ""  # another name for fable
         self.system = self._system() if rng.random() < SYSTEMS else ""
         self.story: stories.Story | None = None
+        self.passage: list[stories.Hero] = []  # those of the last one
+        self.answered: set[str] = set()
         self.known = [self.name]  # names and animals that are taken
         self.person = facts.person(rng, held, self.known)
         self.known += self.person.values.values()
@@ -161,6 +164,7 @@ class Session:
         if self.turns and self.length > LONGEST:
             return False
         self.turns.append(said)
+        self.answered.add(said.word)
         return True
 
     def _lesson(self) -> Exchange:
@@ -168,12 +172,13 @@ class Session:
         lessons = {
             self._known: 5,
             self._passage: 2 if len(self.known) < CROWD else 0,
-            self._state: 4 if len(self.told) < 5 else 0,
-            self._recall: 8 if self.told else 1,
+            self._again: 8 if self.passage else 0,
+            self._state: 3 if len(self.told) < 5 else 0,
+            self._recall: 10 if self.told else 1,
             self._change: 1 if self.told else 0,
-            self._tell: 2 if self.style is plainly and self.story is None else 0,
-            self._hear: 1 if self.style is not plainly and self.story is None else 0,
-            self._ask: 8 if self.story else 0,
+            self._tell: 2.5 if self.style is plainly and self.story is None else 0,
+            self._hear: 2 if self.story is None else 0,
+            self._ask: 18 if self.story else 0,
             self._object: 2 if self.story or self.told else 0.3,
         }
         return self.rng.choices(list(lessons), list(lessons.values()))[0]()
@@ -197,9 +202,12 @@ class Session:
         return said
 
     def _passage(self) -> Exchange:
-        said, heroes = stories.passage(self.rng, self.held, self.known)
-        self._meet(*heroes)
+        said, self.passage = stories.passage(self.rng, self.held, self.known)
+        self._meet(*self.passage)
         return said
+
+    def _again(self) -> Exchange:
+        return self._fresh(lambda: stories.about(self.rng, self.rng.choice(self.passage)))
 
     def _state(self) -> Exchange:
         left = [key for key in facts.FACTS if key not in self.told]
@@ -237,8 +245,14 @@ class Session:
         return replace(asked, user=f"{self.story.text} {asked.user}", spelled=True)
 
     def _ask(self) -> Exchange:
-        assert self.story is not None
-        return stories.ask(self.rng, self.story)
+        told = self.story
+        assert told is not None
+        return self._fresh(lambda: stories.ask(self.rng, told))
+
+    def _fresh(self, asked: Callable[[], Exchange]) -> Exchange:
+        """One whose answer is no earlier answer's, if there is such: it must be looked up."""
+        tried = (asked() for _ in range(TRIES))
+        return next((said for said in tried if said.word not in self.answered), asked())
 
     def _meet(self, *heroes: stories.Hero) -> None:
         """Nobody else is called so, and no other such animal comes."""

@@ -362,11 +362,9 @@ def ask_whether(rng: Random, told: Story) -> Exchange:
 
 
 QUESTIONS = (
-    (ask_name,) * 3
-    + (ask_animal,) * 2
-    + (ask_colour,) * 3
-    + (ask_place,) * 2
-    + (ask_met, ask_weather, ask_day, ask_food, ask_plot, ask_plot, ask_whether)
+    (ask_name, ask_animal, ask_colour, ask_plot) * 3
+    + (ask_place, ask_weather, ask_food, ask_whether) * 2
+    + (ask_met, ask_day)
 )
 
 
@@ -386,7 +384,7 @@ def passage(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Ex
     for _ in range(rng.choice((1, 2, 2, 3))):
         heroes.append(hero(rng, held, heroes, known, ANIMALS))
     text = " ".join(_lives(rng, one) for one in heroes)
-    asked = _about(rng, rng.choice(heroes))
+    asked = about(rng, rng.choice(heroes))
     said = Exchange("passage", f"{text} {asked.user}", asked.answer, asked.word)
     return said, heroes
 
@@ -401,7 +399,8 @@ def _lives(rng: Random, one: Hero) -> str:
     )
 
 
-def _about(rng: Random, one: Hero) -> Exchange:
+def about(rng: Random, one: Hero) -> Exchange:
+    """A question about somebody of a passage."""
     kind = rng.randrange(5)
     if kind == 0:
         return colour_of(rng, one, "passage")

@@ -62,7 +62,8 @@ def facts(users: list[str]) -> dict[str, str]:
     """What users told of themselves; the last word counts."""
     found = {}
     for text in users:
-        if re.match("what|which|where|who|how|do |does|can |is |tell|give|describe", text.lower()):
+        asked = re.sub("^(?:in one word|like a pirate): ", "", text.lower())
+        if re.match("what|which|where|who|how|do |does|can |is |tell|give|describe", asked):
             continue  # a question
         for key, pattern in TOLD.items():
             for match in re.finditer(pattern, text.lower()):

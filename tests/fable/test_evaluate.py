@@ -19,7 +19,10 @@ STORY = (
     "One sunny Monday, Ann met a green frog called Tim. Ann was happy. "
     "From that day on, Ann the red fox and Tim the frog were good friends."
 )
-CHILD = "Once there was a shy girl by the sea. The name of the girl was Mia. Mia had a blue coat."
+CHILD = (
+    "Once there was a shy girl by the sea. The name of the girl was Mia. Mia had a blue coat. "
+    "She met a red fox called Tim."
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,8 @@ CHILD = "Once there was a shy girl by the sea. The name of the girl was Mia. Mia
         ("Ann the red fox", "Ann the blue fox"),  # another colour
         ("Ann the red fox", "Ann the frog"),  # another animal
         ("Ann was happy", "Ann was white"),  # another colour, said
+        ("Tim", "Ann"),  # a friend of the same name
+        ("frog", "fox"),  # and of the same kind
     ],
 )
 def test_a_story_that_contradicts_itself_is_found_out(old, new):
