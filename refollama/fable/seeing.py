@@ -327,18 +327,18 @@ def same(rng: Random, one: Drawing) -> Exchange | None:
 LESSONS: Mapping[Lesson, float] = {
     what: 3,
     closely: 3,
-    shape: 2,
-    colour: 2,
-    ground: 1,
-    size: 1,
+    shape: 1,
+    colour: 1,
+    ground: 0.5,
+    size: 1.5,
     many: 4,
-    where: 3,
+    where: 4,
     at: 3,
-    there: 2,
-    bigger: 2,
-    beside: 3,
-    more: 1,
-    same: 1,
+    there: 1.5,
+    bigger: 3.5,
+    beside: 4,
+    more: 2,
+    same: 1.5,
 }
 FIRST: Mapping[Lesson, float] = {**LESSONS, what: 12, closely: 6}  # what people ask first
 

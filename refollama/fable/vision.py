@@ -196,14 +196,28 @@ def views(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Views:
 
 
 def shown(one: Drawing, tokenizer: SpmTokenizer) -> Tensor:
-    """What each patch of a drawing shows, in three words: (PATCHES, 3) ids.
+    """What each patch of a drawing shows, and where that is, in five words: (PATCHES, 5) ids.
 
-    red circle small; of the ground, white background background
+    red circle small top left; of the ground, white background background middle right
     """
     ground = (one.ground, "background", "background")
-    found = [(it.colour, it.shape, it.size) if it else ground for it in covers(one, PATCH)]
+    found = []
+    for at, it in enumerate(covers(one, PATCH)):
+        named = (it.colour, it.shape, it.size) if it else ground
+        found.append((*named, *(spot(it.place) if it else spot(_third(at)))))
     ids = {word: tokenizer.encode(f" {word}")[0] for words in found for word in words}
     return torch.tensor([[ids[word] for word in words] for words in found])
+
+
+def spot(place: int) -> tuple[str, str]:
+    """Two words for a place: top left, middle right, middle middle."""
+    return ("top", "middle", "bottom")[place // 3], ("left", "middle", "right")[place % 3]
+
+
+def _third(patch: int) -> int:
+    """The place in which a patch lies."""
+    side = SIDE // PATCH
+    return 3 * (3 * (patch // side) // side) + 3 * (patch % side) // side
 
 
 def stacked(drawings: Sequence[Drawing]) -> Pixels:

@@ -9,7 +9,7 @@ import torch
 import refollama
 from refollama.dialogue import chat_prompt
 from refollama.fable import vision
-from refollama.fable.drawings import SIDE, Drawing, Thing, png
+from refollama.fable.drawings import PLACES, SIDE, Drawing, Thing, png
 from refollama.fable.evaluate import Case, Score, cases_of_pictures, confusions, taken_for, told
 from refollama.fable.exchange import Exchange
 from refollama.fable.net import SHARED, read, weights
@@ -126,13 +126,24 @@ def test_some_steps_have_long_rows(small):
     assert shapes == [(2, ROW)] * (LONG - 1) + [(1, CONTEXT)]
 
 
-def test_each_patch_is_named_by_colour_shape_and_size(small):
+def test_each_patch_is_named_by_what_it_shows_and_where(small):
     thing = Thing("star", "red", "big", 4, 0.5, 0.5, 0.3)
     ids = vision.shown(Drawing("white", (thing,), 1, 1, 0), small.tokenizer)
     words = [[small.tokenizer.piece(id).decode() for id in row] for row in ids.tolist()]
     side = SIDE // PATCH
-    assert words[(side // 2) * side + side // 2] == [" red", " star", " big"]
-    assert words[0] == [" white", " background", " background"]
+    middle = [" red", " star", " big", " middle", " middle"]
+    assert words[(side // 2) * side + side // 2] == middle
+    ground = [" white", " background", " background"]
+    assert words[0] == [*ground, " top", " left"]
+    assert words[side - 1] == [*ground, " top", " right"]
+    assert words[side * (side // 2)] == [*ground, " middle", " left"]
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_the_two_words_for_a_place_say_where_it_is(place):
+    said = PLACES[place].split()
+    row, column = vision.spot(place)
+    assert {row, column} - {"middle"} == {"top", "bottom", "left", "right"} & set(said)
 
 
 @torch.no_grad()
@@ -144,7 +155,7 @@ def test_naming_counts_all_things_as_much_as_all_ground(small):
     found: dict[bool, list[float]] = {True: [], False: []}
     for row, ids in zip(rows, vision.shown(one, small.tokenizer).tolist(), strict=True):
         likely = small.net.output(small.net.output_norm(row)).log_softmax(-1)
-        found[ids[1] == ids[2]].append(-sum(likely[id].item() for id in ids) / 3)
+        found[ids[1] == ids[2]].append(-sum(likely[id].item() for id in ids) / len(ids))
     means = [sum(some) / len(some) for some in found.values()]
     assert small.naming(rows, [one]).item() == pytest.approx(sum(means) / 2, rel=1e-4)
     assert len(found[True]) > 2 * len(found[False]) > 10
