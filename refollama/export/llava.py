@@ -31,7 +31,8 @@ def joined(
     vocabulary: Files,
     dtype: str,
 ) -> tuple[dict[str, Any], dict[str, Made]]:
-    """Settings and tensors of both; a vocabulary without `<image>` gets it behind its last token.
+    """Settings and tensors of both.  A vocabulary without `<image>` gets it in place of a token
+    that nobody uses, or behind its last one.
 
     Raises: UnsupportedModel for eyes that are none of LLaVA's, FormatError.
     """
@@ -121,12 +122,15 @@ def _image_token(vocabulary: Files, size: int) -> tuple[int, bool]:
     known: dict[str, int] = spec["model"]["vocab"]
     if IMAGE in known:
         return known[IMAGE], False
+    spare = [id for token, id in known.items() if token == f"[PAD{id}]"]
+    image = max(spare, default=size)
+    known.pop(f"[PAD{image}]", None)
     sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     row = {"content": IMAGE, **sides, "special": True}
-    known[IMAGE] = size
-    spec["added_tokens"].append({"id": size, **row})
-    about["added_tokens_decoder"][str(size)] = row
-    return size, True
+    known[IMAGE] = image
+    spec["added_tokens"].append({"id": image, **row})
+    about["added_tokens_decoder"][str(image)] = row
+    return image, not spare
 
 
 def preprocessor(file: GGUF) -> dict[str, Any]:
