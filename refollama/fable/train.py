@@ -60,7 +60,7 @@ Q8_0_FILE = 7  # `general.file_type`
 MODELFILE = (
     "FROM {file}\n"
     f'TEMPLATE """{TEMPLATE.replace("{", "{{").replace("}", "}}")}"""\n'
-    "PARAMETER temperature 0.2\n"
+    "PARAMETER temperature {temperature}\n"
     "PARAMETER repeat_penalty 1\n"
     "PARAMETER num_ctx {row}\n"
 )
@@ -176,6 +176,7 @@ class Training:
     name = "fable"
     usual = Plan()
     row = CONTEXT  # tokens
+    temperature = 0.5  # it chooses freely then, so that two in a story have two names
     calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES)
 
@@ -271,7 +272,8 @@ class Training:
     def write(self, folder: Path) -> None:
         """The model as a GGUF file, matrices packed as Q8_0, and a Modelfile."""
         write_gguf(folder / f"{self.name}.gguf", self.metadata | about(self.name), packed(self.net))
-        text = MODELFILE.format(file=f"./{self.name}.gguf", row=self.row)
+        file = f"./{self.name}.gguf"
+        text = MODELFILE.format(file=file, row=self.row, temperature=self.temperature)
         (folder / "Modelfile").write_text(text)
 
     def history(self) -> dict[str, Any]:

@@ -265,6 +265,7 @@ class Seeing(Training):
     name = "fable-vision"
     usual = Plan(steps=4000, rows=24, rate=6e-3)
     calm = 0.3
+    temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
     decisive = DECISIVE
 
@@ -333,5 +334,6 @@ class Seeing(Training):
         files = f"{self.name}.gguf", f"{self.name}-mmproj.gguf"
         write_gguf(folder / files[0], self.metadata | about(self.name), words)
         write_gguf(folder / files[1], tower() | about(f"{self.name}-mmproj"), eyes)
-        text = MODELFILE.format(file="\nFROM ".join(f"./{file}" for file in files), row=CONTEXT)
+        sources = "\nFROM ".join(f"./{file}" for file in files)
+        text = MODELFILE.format(file=sources, row=CONTEXT, temperature=self.temperature)
         (folder / "Modelfile").write_text(text)
