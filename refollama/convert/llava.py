@@ -88,6 +88,8 @@ def parted(config: Settings, folder: Folder) -> Parted:
     width = Settings(text.values, text.place, DEFAULTS[kind]).size("hidden_size")
     slots = list(vision_slots(vision, width))
     slots = slots if whole.get("multimodal_projector_bias") else _without_bias(slots)
+    if _blocks(whole, vision) == vision.size("num_hidden_layers"):
+        slots, eyes = _without_last_norm(slots, eyes)
     return Parted(kind, text, tensors, _metadata(whole, vision, folder, width), slots, eyes)
 
 
@@ -108,6 +110,14 @@ def _apart(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, S
 
 def _without_bias(slots: list[Slot]) -> list[Slot]:
     return [slot for slot in slots if slot.name not in ("mm.0.bias", "mm.2.bias")]
+
+
+def _without_last_norm(
+    slots: list[Slot], eyes: Mapping[str, Stored]
+) -> tuple[list[Slot], dict[str, Stored]]:
+    """LLaVA takes what the last block gives; a file that holds the norm behind it would use it."""
+    kept = [slot for slot in slots if not slot.name.startswith("v.post_ln.")]
+    return kept, {n: one for n, one in eyes.items() if not n.startswith("post_layernorm.")}
 
 
 def _check_supported(whole: Settings, vision: Settings) -> None:

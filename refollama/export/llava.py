@@ -62,11 +62,21 @@ def joined(
 
 
 def _check_supported(file: GGUF, clip: ClipConfig) -> None:
-    kind = file.metadata.get("clip.projector_type", "mlp")
-    if kind not in MLP or clip.activation not in (quick_gelu, functional.gelu):
+    """The tensors tell kinds apart, as files say "mlp" for three of them."""
+    kind = str(file.metadata.get("clip.projector_type", "mlp"))
+    if kind == "mlp" and "mm.2.weight" not in file.tensors:
+        kind = "mlp_norm" if "mm.3.weight" in file.tensors else "linear"
+    if kind not in MLP:
         raise UnsupportedModel(
-            f"{file.path.name}: a projector of the kind {str(kind)[:40]!r}, or its tower, is none "
-            f"that transformers' LLaVA has; supported: {', '.join(MLP)}"
+            f"{file.path.name}: transformers' LLaVA has no projector of the kind {kind[:40]!r}; "
+            f"supported: {', '.join(MLP)}"
+        )
+    if clip.activation not in (quick_gelu, functional.gelu):
+        raise UnsupportedModel(f"{file.path.name}: transformers' CLIP has no SiLU in its tower")
+    if clip.n_blocks == clip.n_stored and "v.post_ln.weight" in file.tensors:
+        raise UnsupportedModel(
+            f"{file.path.name}: a norm follows the tower's last block; transformers' LLaVA reads "
+            "what is before it"
         )
 
 

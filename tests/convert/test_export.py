@@ -16,6 +16,7 @@ from refollama.create import create
 from refollama.errors import BadRequest, FormatError, StoreError, UnsupportedModel
 from refollama.export import Exported, export, words
 from refollama.messages import Create
+from refollama.models.load import load_eyes
 from refollama.store import Name, Store
 from refollama.text import tokenizer_from
 from refollama.weights import open_weights
@@ -31,6 +32,7 @@ from tests.convert.checkpoints import (
 )
 from tests.convert.test_import import TEXTS, converted
 from tests.golden.small_models import MODELS
+from tests.tiny_llava import write_eyes
 
 # Without a window it computes what a Llama does, and its file calls it one.
 PLAIN_MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -286,6 +288,34 @@ def test_what_transformers_has_no_setting_for_is_refused(changes, lost, tmp_path
     with pytest.raises(UnsupportedModel, match=lost):
         export(Exported(model), tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp_norm", "ldp", "ldpv2"])
+def test_eyes_that_are_none_of_llavas_are_refused(kind, tmp_path):
+    model, eyes = packed(tmp_path / "a.gguf"), write_eyes(tmp_path / "eyes.gguf", kind)
+    with pytest.raises(UnsupportedModel, match=f"of the kind '{kind}'"):
+        export(Exported(model, eyes), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_norm_behind_the_last_block_is_refused(tmp_path):
+    extra = {"v.post_ln.weight": (32,), "v.post_ln.bias": (32,)}
+    eyes = write_eyes(tmp_path / "eyes.gguf", extra=extra)
+    with pytest.raises(UnsupportedModel, match="norm follows"):
+        export(Exported(packed(tmp_path / "a.gguf"), eyes), tmp_path / "b")
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_tower_of_2023_sees_the_same_afterwards(swapped, tmp_path):
+    """Its "up" and "down" may have changed places."""
+    model = packed(tmp_path / "a.gguf", type="F32")
+    sides = {"mm.0.weight": (64, 32), "mm.0.bias": (64,), "mm.2.weight": (64, 64)}
+    eyes = write_eyes(tmp_path / "eyes.gguf", swapped=swapped, extra=sides)
+    export(Exported(model, eyes), tmp_path / "b")
+    _, again = converted(tmp_path / "b", tmp_path)
+    picture = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(3))
+    before, after = (one.mm(one.v(picture)) for one in map(load_eyes, (eyes, again)))
+    assert torch.allclose(before, after, atol=1e-6)
 
 
 def test_other_divisors_than_llama_3s_are_refused(tmp_path):

@@ -97,6 +97,16 @@ def test_llava_is_told_apart_and_sees_what_the_recorded_one_saw(shards, tmp_path
     assert np.abs(found - np.array(LLAVA["logits"])).max() < LIMIT
 
 
+@pytest.mark.parametrize(("layer", "has_norm"), [(-2, True), (-1, False), (3, False)])
+def test_what_the_last_block_gives_has_no_norm_behind_it(layer, has_norm, tmp_path):
+    """A file that held it would be read with it; the checkpoint's own model leaves it out."""
+    folder = write_llava(tmp_path / "llava")
+    settings = json.loads((folder / "config.json").read_text()) | {"vision_feature_layer": layer}
+    (folder / "config.json").write_text(json.dumps(settings))
+    _, eyes = convert(Folder.at(folder))
+    assert any(name.startswith("v.post_ln.") for name in eyes.tensors) is has_norm
+
+
 class WithRows(torch.nn.Module):
     """An embedding in which one id stands for rows of a picture, one after another."""
 
