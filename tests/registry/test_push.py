@@ -181,6 +181,22 @@ def test_a_manifest_that_is_not_taken_is_tried_again_or_told(registry, store, na
     assert registry.manifests["me/tale", "7b"] == made.to_bytes(newline=False)
 
 
+def test_a_blob_that_another_is_still_sending_is_waited_for(registry, store, name):
+    """The registry knew it when we asked, and does not know it yet when the manifest comes."""
+    made, refusals = fill(store, name, DATA), ["MANIFEST_BLOB_UNKNOWN"]
+
+    def hook(exchange):
+        if "/manifests/" not in exchange.path or not refusals:
+            return False
+        exchange.body()
+        exchange.error(400, refusals.pop())
+        return True
+
+    registry.hook = hook
+    list(push(store, name, insecure=True))
+    assert registry.manifests["me/tale", "7b"] == made.to_bytes(newline=False)
+
+
 def test_a_redirected_manifest_is_no_success(registry, store, name):
     fill(store, name, DATA)
 

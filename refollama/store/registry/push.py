@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import NoReturn
 
-from refollama.errors import RefollamaError, StoreError, Unauthorized
+import httpx
+
+from refollama.errors import Passing, RefollamaError, RegistryError, StoreError, Unauthorized
 from refollama.messages import Progress
 from refollama.store import Store
 from refollama.store.draft import Draft
@@ -17,6 +20,8 @@ from refollama.store.name import Name, scheme_of
 from refollama.store.registry.beside import Gone, beside, waited
 from refollama.store.registry.session import Registry, retried
 from refollama.store.registry.upload import Upload, refuse
+
+NOT_YET = "MANIFEST_BLOB_UNKNOWN"  # Source: OCI Distribution Specification, error codes
 
 
 def push(
@@ -120,10 +125,21 @@ def _manifest(registry: Registry, tag: str, manifest: Manifest, gone: Gone) -> N
         body, headers = manifest.to_bytes(newline=False), {"Content-Type": MANIFEST}
         with registry.send("PUT", f"manifests/{tag}", headers=headers, content=body) as response:
             if not response.is_success:
-                refuse(registry, response)
+                _refuse(registry, response)
 
     def leave() -> None:
         cancelled.set()
         registry.close()
 
     waited(lambda: retried(put, cancelled=cancelled), leave, gone)
+
+
+def _refuse(registry: Registry, response: httpx.Response) -> NoReturn:
+    """As `refuse`; but a blob that is said to be missing was there when we looked: whoever sends
+    the same one at this moment has not ended yet, and it may be found in a second."""
+    try:
+        refuse(registry, response)
+    except RegistryError as error:
+        if NOT_YET in str(error):
+            raise Passing(str(error)) from error
+        raise
