@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from refollama.convert.checkpoint import FILE_TYPES
 from refollama.convert.names import Slot, halves
 from refollama.convert.numbers import FLOATS, changed
 from refollama.errors import FormatError, UnsupportedModel
@@ -26,7 +27,6 @@ EXPERTS = 3  # dimensions of a tensor that holds a matrix for each
 AT_ONCE = 1 << 22  # weights that are unpacked at once
 SHOWN = 3  # names in an error message
 READ_ELSEWHERE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # `general.file_type`
 
 
 def majority(file: GGUF) -> str:
