@@ -27,8 +27,9 @@ from refollama.errors import UnsupportedModel
 from refollama.export import Exported, export
 from refollama.models.llava import Llava
 from refollama.text.bpe import PATTERNS, cutter
-from tests.golden.small_llava import picture
+from tests.golden.small_llava import VISION, picture
 from tests.models.test_recorded import logits_of
+from tests.text.vocabularies import train_pieces
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of other people's code
 
@@ -64,14 +65,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # family, its settings, 
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "merges"),
     "llava": ("Llava", {}, "merges"),
 }
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 24,
-    "patch_size": 6,
-}
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +76,9 @@ def hf():
 # ── what the library saves ────────────────────────────────────────────────────────────────────
 
 
-def trained_pieces():
-    """A vocabulary by the `sentencepiece` library, as that of Llama 2 was made."""
-    file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split(". ")),
-        model_writer=file,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return file.getvalue()
-
-
 def of_pieces(hf, folder):
     """Its form of merges, which the library runs; `folder` gets the vocabulary itself."""
-    data = trained_pieces()
+    data = train_pieces(TEXT.split(". "), 420)  # as that of Llama 2 was made
     found = sentencepiece.SentencePieceProcessor(model_proto=data)
     vocab = {found.id_to_piece(id): id for id in range(found.vocab_size())}
     merges = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,27 @@ the cat the sea the house the time   the world\tthe 1234567890 (count) [count] {
 """
 
 
-@cache
-def trained() -> sentencepiece.SentencePieceProcessor:
-    """A small BPE model with byte fallback, by the library's own trainer."""
+def train_pieces(lines: Iterable[str], size: int) -> bytes:
+    """A BPE model with byte fallback, by the library's own trainer."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=380,
+        vocab_size=size,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return model.getvalue()
+
+
+@cache
+def trained() -> sentencepiece.SentencePieceProcessor:
+    """A small one."""
+    data = train_pieces(CORPUS.splitlines(), 380)
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 
 def columns(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
