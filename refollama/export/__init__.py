@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,16 +28,12 @@ from refollama.convert.numbers import FLOATS
 from refollama.errors import BadRequest, StoreError
 from refollama.export import llava, settings, words
 from refollama.export.tensors import Source, majority, unpacked
+from refollama.models.meter import Told, unheard
 from refollama.weights import write_gguf
 from refollama.weights.safetensors import Made, encoded
 
 FORMATS = ("safetensors", "gguf")
 SHARD = 5_000_000_000  # bytes of a file, at most; Hugging Face's own limit
-Told = Callable[[int, int], None]  # bytes that are written, and those that there are
-
-
-def _unheard(done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +54,13 @@ def export(
     dtype: str | None = None,
     *,
     shard: int = SHARD,
-    told: Told = _unheard,
+    told: Told = unheard,
 ) -> None:
     """A model as a new folder: "safetensors" as transformers loads it, or "gguf".
 
     dtype: F32, F16 or BF16. None: what most weights are, or F16 if they are packed; a GGUF file
     stays what it is.
+    told: is called with the bytes that are written, and those that there are.
     Raises: BadRequest for a folder that is there already, for another format or dtype;
     UnsupportedModel for what transformers has no settings for; FormatError, StoreError.
     """
@@ -119,11 +116,9 @@ def _write_checkpoint(
 
 
 def _write_small(path: Path, values: bytes | str | Mapping[str, Any]) -> None:
-    if isinstance(values, bytes):
-        path.write_bytes(values)
-        return
-    text = values if isinstance(values, str) else json.dumps(values, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n" if not isinstance(values, str) else text, encoding="utf-8")
+    if isinstance(values, Mapping):
+        values = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(values.encode() if isinstance(values, str) else values)
 
 
 def _write_tensors(place: Path, tensors: Mapping[str, Made], shard: int, told: Told) -> None:

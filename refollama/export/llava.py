@@ -13,7 +13,7 @@ from refollama.convert.names import Slot, vision_slots
 from refollama.errors import UnsupportedModel
 from refollama.export.settings import short
 from refollama.export.tensors import Source, filled, with_rows
-from refollama.export.words import Files
+from refollama.export.words import Files, found_first
 from refollama.models.clip import ClipConfig, quick_gelu
 from refollama.weights.gguf import GGUF
 from refollama.weights.safetensors import Made
@@ -135,8 +135,7 @@ def _image_token(vocabulary: Files, size: int) -> tuple[int, bool]:
     spare = [id for token, id in known.items() if token == f"[PAD{id}]"]
     image = max(spare, default=size)
     known.pop(f"[PAD{image}]", None)
-    sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    row = {"content": IMAGE, **sides, "special": True}
+    row = found_first(IMAGE, special=True)
     known[IMAGE] = image
     spec["added_tokens"].append({"id": image, **row})
     about["added_tokens_decoder"][str(image)] = row

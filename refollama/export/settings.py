@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from refollama.convert.config import Language, language, llama3_divisors
+from refollama.convert.config import ARCHITECTURES, Language, language, llama3_divisors
 from refollama.convert.folder import CONFIG, Settings
 from refollama.errors import FormatError, UnsupportedModel
 from refollama.models.config import LARGEST, ModelConfig, RopeConfig
@@ -24,9 +24,7 @@ from refollama.weights import open_weights
 from refollama.weights.gguf import GGUF
 
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"} | {
-    "mixtral": "MixtralForCausalLM"
-}
+CLASSES = {kind: name for name, kind in ARCHITECTURES.items()}
 CLOSE = 1e-5  # of numbers that went through float32
 
 # Llama 3 has one recipe for its divisors; what was trained on before it was stretched varies.
@@ -34,8 +32,10 @@ LOW, HIGH = 1.0, 4.0
 OLD_CONTEXTS = (8192, *(2**n for n in range(3, 21)))
 
 # Of the model: what must come back.  `pooling` says how vectors are made, which no config does.
-_SAME = ("layers", "d_model", "d_head", "d_value", "d_rotated", "n_ctx", "norm_eps", "window")
-_SAME_EXPERTS = ("n_experts", "n_experts_used")
+_SAME = (
+    *("layers", "d_model", "d_head", "d_value", "d_rotated", "n_ctx", "norm_eps", "window"),
+    *("n_experts", "n_experts_used"),
+)
 
 
 def language_model(file: GGUF) -> tuple[dict[str, Any], Language]:
@@ -173,7 +173,7 @@ def short(value: float) -> float:
 
 def _check_same(file: GGUF, ours: ModelConfig, theirs: ModelConfig) -> None:
     """Raises: UnsupportedModel, with what would be lost."""
-    for name in (*_SAME, *_SAME_EXPERTS):
+    for name in _SAME:
         _check(file, name, getattr(ours, name), getattr(theirs, name))
     before, after = _turning(ours.rope), _turning(theirs.rope)
     for name in before:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,7 @@ class _Rows:
 def with_rows(one: Made, count: int) -> Made:
     """A table with so many rows of zeros behind its own."""
     empty = np.zeros((count, *one.shape[1:]), DTYPES[one.dtype])
-
-    class Longer:
-        def __iter__(self) -> Iterator[Array]:
-            yield from one.pieces
-            yield empty
-
-    return Made(one.dtype, (one.shape[0] + count, *one.shape[1:]), Longer())
+    return Made(one.dtype, (one.shape[0] + count, *one.shape[1:]), chain(one.pieces, [empty]))
 
 
 def filled(value: float, shape: tuple[int, ...], dtype: str) -> Made:

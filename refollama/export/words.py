@@ -37,6 +37,12 @@ def files(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Files:
     return found
 
 
+def found_first(token: str, *, special: bool) -> dict[str, Any]:
+    """A token that is looked for in the text before all others, exactly as it is spelled."""
+    sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": token, **sides, "special": special}
+
+
 class _Words:
     """The vocabulary in the metadata."""
 
@@ -73,9 +79,7 @@ class _Words:
         """Tokens that are looked for in the text before all others."""
         for id, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
             if kind in ADDED:
-                sides = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-                special = kind != TokenType.USER_DEFINED
-                yield {"id": id, "content": token, **sides, "special": special}
+                yield {"id": id, **found_first(token, special=kind != TokenType.USER_DEFINED)}
 
     def about(self, longest: int) -> dict[str, Any]:
         """tokenizer_config.json"""
