@@ -65,6 +65,14 @@ SECTIONS = {
         "choice: its squared error is compared with that of ggml's own packer; the worst of three "
         "ratios is shown, and below 1 is better than ggml.",
     ),
+    "packed models": Section(
+        "Packed models",
+        "type",
+        "tokens",
+        "How well a model foretells a text after it was packed here, as each type of file: its "
+        "perplexity in llama.cpp and here, relative difference. llama.cpp rounds activations to 8 "
+        "bits, and we do not: in F32, where it does not either, there is no difference.",
+    ),
     "tokenizers": Section(
         "Tokenizers",
         "tokenizer",
@@ -140,6 +148,10 @@ JUDGES = {
         "a forward pass in float64 and plain numpy, written from the papers; it unpacks by `gguf`"
     ),
     "llama.cpp's logits": Judge("logits that llama.cpp recorded, cache in float32", apart=True),
+    "llama.cpp's perplexity": Judge(
+        "a made model that is sure of itself, and a text by it; recorded once",
+        recording="quantised.json",
+    ),
     "transformers": Judge("its own models in float32, recorded once", recording="logits-yarn.json"),
     "all at once": Judge("the same net, reading all tokens in one step instead of through a cache"),
     "alone": Judge("the same net, one sequence at a time"),
@@ -187,6 +199,7 @@ def required() -> dict[str, list[str]]:
     """Every subject that the page must have, by section, in the order of the code's own tables."""
     from refollama.options import Options
     from refollama.text.bpe import PATTERNS
+    from refollama.weights.mixes import MIXES
     from refollama.weights.quants import LAYOUTS
     from tests.models.test_llama import VARIANTS
     from tests.text.test_bpe import CUTS
@@ -194,6 +207,7 @@ def required() -> dict[str, list[str]]:
     return {
         "unpacking": [layout.name for layout in LAYOUTS.values()],
         "packing": [layout.name for layout in LAYOUTS.values() if layout.pack],
+        "packed models": list(MIXES),
         "tokenizers": [f"kind {kind}" for kind in kinds()],
         "word patterns": [name for name in PATTERNS if name in CUTS.values()],
         "models": list(VARIANTS),

@@ -20,7 +20,7 @@ import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 
 VERSIONS = f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, numpy {np.__version__}"
-MODEL = Path(os.environ["REFOLLAMA_ORACLES"]) / "stories260K.gguf"
+MODEL = "stories260K.gguf"
 WAYS = ({"num_ctx": 128}, {"num_ctx": 257}, {"num_ctx": 128, "stride": 48})
 F32 = 0
 TEXT = """\
@@ -46,15 +46,20 @@ the mouse got the first piece.
 
 def main() -> None:
     print(VERSIONS)
-    llm = llama_cpp.Llama(
-        str(MODEL), n_ctx=512, logits_all=True, type_k=F32, type_v=F32, verbose=False, n_threads=1
-    )
+    llm = opened(Path(os.environ["REFOLLAMA_ORACLES"], MODEL), 512)
     ids = llm.tokenize(TEXT.encode(), add_bos=True, special=False)
     records = [way | recorded(llm, ids, **way) for way in WAYS]
     lines = ",\n".join(json.dumps(record) for record in records)
     said = f'"recorded_by": {json.dumps(VERSIONS)},\n"text": {json.dumps(TEXT)},\n"ids": {ids}'
     path = Path(__file__).parent / "perplexity.json"
     path.write_text(f'{{{said},\n"ways": [\n{lines}\n]}}\n')
+
+
+def opened(path: Path, n_ctx: int) -> Any:
+    """A model in llama.cpp, with room for so many tokens."""
+    return llama_cpp.Llama(
+        str(path), n_ctx=n_ctx, logits_all=True, type_k=F32, type_v=F32, verbose=False, n_threads=1
+    )
 
 
 def recorded(llm: Any, ids: list[int], num_ctx: int, stride: int = 0) -> dict[str, Any]:
