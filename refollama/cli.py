@@ -35,14 +35,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refollama import overview, reach, terminal, workshop
+from refollama.completion import COMPLETING, complete_in_bash, complete_models
 from refollama.errors import BadRequest, NotFound, RefollamaError
 from refollama.host import base_url, listen_address, on_this_machine
 from refollama.options import LISTS, Options, from_text
 from refollama.paths import is_path, lies_here
 
 if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
-
     from refollama.client import Record
     from refollama.promptline import PromptLine
     from refollama.talk import Ask
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 
 ALIASES = {"ls": "list", "start": "serve"}
-COMPLETING = "_REFOLLAMA_COMPLETE"  # set by a shell that wants to know what Tab could mean
 INTERRUPTED = 128 + 2  # as shells report a death by SIGINT
 ENVIRONMENT = {
     "OLLAMA_HOST": "where the server listens and is looked for: 127.0.0.1:11434",
@@ -116,28 +114,8 @@ def _sentence(problem: Exception) -> str:
 
 def _more(*examples: str, environment: Sequence[str]) -> str:
     """The end of a help page."""
-    shown = "\n".join(f"  {example}" for example in examples)
     names = "\n".join(f"  {name:<25} {ENVIRONMENT[name]}" for name in environment)
-    return f"\b\nExamples:\n{shown}\n\n\b\nEnvironment:\n{names}"
-
-
-def _complete_models(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """What the Tab key offers: the models whose names begin so, and the files of a path."""
-    from click.shell_completion import CompletionItem
-
-    if is_path(incomplete):
-        return [CompletionItem(incomplete, type="file")]
-    try:
-        names = [row[0] for row in _starting_with(incomplete, _models())]
-    except (RefollamaError, OSError):  # a shell that completes is no place for errors
-        return []
-    short = [name.removesuffix(":latest") for name in names]
-    return [
-        CompletionItem(brief if brief.startswith(incomplete) else name)
-        for name, brief in zip(names, short, strict=True)
-    ]
+    return f"{workshop.shown(*examples)}\n\n\b\nEnvironment:\n{names}"
 
 
 def _tell_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -260,7 +238,9 @@ def create(model: str, source: Path | None, path: Path, quantize: str | None) ->
 @click.argument("prefix", default="")
 def list_models(prefix: str) -> None:
     """List the models, with their sizes and ages.  (alias: ls)"""
-    click.echo(terminal.table(overview.LIST, _starting_with(prefix, _models())))
+    with reach.keeper() as kept:
+        rows = [overview.list_row(record) for record in kept.tags()]
+    click.echo(terminal.table(overview.LIST, _starting_with(prefix, rows)))
 
 
 @cli.command(
@@ -273,7 +253,7 @@ def list_models(prefix: str) -> None:
         environment=["OLLAMA_HOST", "OLLAMA_MODELS", "OLLAMA_NOHISTORY"],
     ),
 )
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 @click.argument("words", nargs=-1, metavar="[PROMPT]...")
 @click.option("--verbose", is_flag=True, help="Show counts and durations after each answer.")
 @click.option("--raw", is_flag=True, help="Give the model the prompt as it is, without template.")
@@ -334,7 +314,7 @@ def run(model: str, words: Sequence[str], **given: Any) -> None:
         environment=["OLLAMA_HOST", "OLLAMA_MODELS"],
     )
 )
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 @click.option("--license", is_flag=True, help="Show only its license.")
 @click.option("--modelfile", is_flag=True, help="Show only a Modelfile that makes it again.")
 @click.option("--parameters", is_flag=True, help="Show only its options.")
@@ -362,7 +342,7 @@ def show(model: str, verbose: bool, **parts: bool) -> None:
         environment=["OLLAMA_HOST", "OLLAMA_MODELS", *LOGIN_ENVIRONMENT],
     )
 )
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 @click.argument("name", required=False)
 @click.option("--insecure", is_flag=True, help="Speak http to the registry, without encryption.")
 def pull(model: str, name: str | None, insecure: bool) -> None:
@@ -392,7 +372,7 @@ def pull(model: str, name: str | None, insecure: bool) -> None:
         environment=["OLLAMA_HOST", "OLLAMA_MODELS", *LOGIN_ENVIRONMENT],
     )
 )
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 @click.option("--insecure", is_flag=True, help="Speak http to the registry, without encryption.")
 def push(model: str, insecure: bool) -> None:
     """Send a model to the registry that its name begins with.
@@ -458,7 +438,7 @@ def ps(prefix: str) -> None:
 
 
 @cli.command(epilog=_more("refollama stop tale", environment=["OLLAMA_HOST"]))
-@click.argument("model", shell_complete=_complete_models)
+@click.argument("model", shell_complete=complete_models)
 def stop(model: str) -> None:
     """Make the server let go of a model that it holds in memory."""
     from refollama.client import Client
@@ -471,7 +451,7 @@ def stop(model: str) -> None:
 @cli.command(
     epilog=_more("refollama cp tale tale:mine", environment=["OLLAMA_HOST", "OLLAMA_MODELS"])
 )
-@click.argument("source", shell_complete=_complete_models)
+@click.argument("source", shell_complete=complete_models)
 @click.argument("target")
 def cp(source: str, target: str) -> None:
     """Give a model a second name."""
@@ -487,7 +467,7 @@ def cp(source: str, target: str) -> None:
         environment=["OLLAMA_HOST", "OLLAMA_MODELS"],
     )
 )
-@click.argument("models", nargs=-1, required=True, shell_complete=_complete_models)
+@click.argument("models", nargs=-1, required=True, shell_complete=complete_models)
 def rm(models: Sequence[str]) -> None:
     """Remove models."""
     with reach.keeper() as keeper:
@@ -536,26 +516,6 @@ def _credentials(username: str | None, password_stdin: bool) -> tuple[str, str]:
 
 
 # --- list and show ---------------------------------------------------------------------------
-
-
-def _models() -> list[Row]:
-    """Rows for the table: from the server, or from the store if none listens on this machine."""
-    from refollama.client import Client
-
-    with Client() as client:
-        if not on_this_machine(client.url) or client.is_running():
-            return [overview.list_row(record) for record in client.tags()]
-    from refollama.store import Store
-
-    return [
-        (
-            str(model.name),
-            overview.short_id(model.digest),
-            terminal.human_size(model.size),
-            terminal.human_age(model.modified_at),
-        )
-        for model in Store.default().list()
-    ]
 
 
 def _starting_with(prefix: str, rows: Iterable[Row]) -> list[Row]:
@@ -661,34 +621,10 @@ def _history_file() -> Path | None:
     return Path("~/.ollama/history").expanduser()
 
 
-def _complete_in_bash() -> None:
-    """Teach click names with a colon: bash takes one for a word, and replaces what is behind it.
-
-    Example: for `rm tale:s`, bash tells the words `rm tale : s` and wants `small`
-    """
-    from click.shell_completion import BashComplete, add_completion_class
-
-    class Bash(BashComplete):
-        def get_completion_args(self) -> tuple[list[str], str]:
-            args, word = super().get_completion_args()
-            count = len(args)
-            while args and (word.startswith(":") or args[-1] == ":"):
-                word = args.pop() + word
-            was_cut = len(args) < count
-            self._before = word[: word.rfind(":") + 1] if was_cut else ""
-            return args, word
-
-        def format_completion(self, item: CompletionItem[Any]) -> str:
-            item.value = item.value.removeprefix(self._before)
-            return super().format_completion(item)
-
-    add_completion_class(Bash)
-
-
 def main() -> None:
     """The console script."""
     if COMPLETING in os.environ:
-        _complete_in_bash()
+        complete_in_bash()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show é still gets a ?
             stream.reconfigure(errors="replace")

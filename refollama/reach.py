@@ -12,7 +12,7 @@ from refollama.host import on_this_machine
 from refollama.version import __version__
 
 if TYPE_CHECKING:
-    from refollama.client import Client
+    from refollama.client import Client, Record
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def server() -> Iterator[Client]:
 
 @contextmanager
 def keeper() -> Iterator[Client | Here]:
-    """Who copies and removes models: the server, or the store if none listens on this machine."""
+    """Who lists, copies, removes models: the server, or the store if none listens here."""
     from refollama.client import Client
 
     with Client() as client:
@@ -57,6 +57,20 @@ def version() -> tuple[str, str]:
 
 class Here:
     """The store of this machine, in the words of a client."""
+
+    def tags(self) -> list[Record]:
+        """The models that there are: name, modified_at, size, digest."""
+        from refollama.store import Store
+
+        return [
+            {
+                "name": str(model.name),
+                "modified_at": model.modified_at.isoformat(),
+                "size": model.size,
+                "digest": model.digest,
+            }
+            for model in Store.default().list()
+        ]
 
     def copy(self, source: str, destination: str) -> None:
         """Give a model a second name."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refollama import terminal
+from refollama.completion import complete_models
 from refollama.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-def _examples(*examples: str) -> str:
-    """The end of a help page."""
+def shown(*examples: str) -> str:
+    """Examples, at the end of a help page."""
     return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
 
 
@@ -39,13 +40,13 @@ def _examples(*examples: str) -> str:
 
 
 @click.command(
-    epilog=_examples(
+    epilog=shown(
         "refollama perplexity tale wiki.test.raw",
         "refollama perplexity ./tale-Q4_0.gguf wiki.test.raw --chunks 100",
         "refollama perplexity tale story.txt --num-ctx 128 --stride 32 --verbose",
     )
 )
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("text")
 @click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--stride", default=0, help="Windows that overlap: each begins so much later.")
@@ -88,12 +89,12 @@ def _told(window: Window) -> str:
 
 
 @click.command(
-    epilog=_examples(
+    epilog=shown(
         "refollama imatrix ./tale-F16.gguf calibration.txt -o tale.imatrix.gguf",
         "refollama imatrix tale calibration.txt -o tale.imatrix.gguf --chunks 100",
     )
 )
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("text")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The new file.")
 @click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
@@ -126,7 +127,7 @@ def imatrix(model: str, text: str, out: Path, force: bool, **given: Any) -> None
 
 
 @click.command(
-    epilog=_examples(
+    epilog=shown(
         "refollama quantize tale-F16.gguf tale-Q4_K_M.gguf Q4_K_M",
         "refollama quantize tale-F16.gguf tale-Q2_K.gguf Q2_K --imatrix tale.imatrix.gguf",
         "refollama quantize tale-Q8_0.gguf tale-F16.gguf F16    # unpacked",
@@ -172,13 +173,13 @@ def _change_row(change: Change, error: float) -> tuple[str, ...]:
 
 
 @click.command(
-    epilog=_examples(
+    epilog=shown(
         "refollama export tale ./tale",
         "refollama export ./tale-Q4_0.gguf ./tale --dtype F32",
         "refollama export tale ./tale --format gguf --dtype F16    # unpacked",
     )
 )
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--format",

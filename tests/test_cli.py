@@ -579,7 +579,10 @@ def test_bash_cuts_names_at_colons_or_not(server, home, monkeypatch, words, offe
     assert done.stdout.split() == offered
 
 
-@pytest.mark.parametrize("command", ["run", "show", "stop", "cp", "rm"])
+FILE_COMMANDS = ["perplexity", "imatrix", "export"]
+
+
+@pytest.mark.parametrize("command", ["run", "show", "stop", "cp", "rm", *FILE_COMMANDS])
 def test_names_of_models_are_completed(server, command):
     assert completed(command, "ta") == ["plain,tale"]
     assert completed(command, "x") == []

@@ -34,7 +34,7 @@ FLOORS = [
     {"service"},
     {"server"},
     {"client", "terminal", "private_server", "promptline", "overview"}
-    | {"upload", "transfer", "reach", "talk", "workshop", "cli"},
+    | {"upload", "transfer", "reach", "talk", "completion", "workshop", "cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -48,8 +48,9 @@ NEIGHBOURS = {  # of one floor, yet: errors are everybody's, the command line ha
     "loaded": {"fable"},
     "imatrix": {"perplexity"},  # whose windows it reads
     "cli": {"client", "terminal", "promptline", "overview", "transfer", "reach", "talk"}
-    | {"private_server", "workshop"},
-    "workshop": {"terminal"},
+    | {"private_server", "completion", "workshop"},
+    "workshop": {"terminal", "completion"},
+    "completion": {"reach"},
     "reach": {"client", "terminal", "private_server"},
     "upload": {"client", "terminal"},
     "transfer": {"client", "terminal", "upload"},
@@ -137,7 +138,7 @@ def test_only_load_knows_both_weights_and_modules():
         ("tokenizers", {"text", "convert"}),
         ("llguidance", {"sampling"}),
         ("jinja2", {"text"}),
-        ("click", {"cli", "workshop"}),
+        ("click", {"cli", "completion", "workshop"}),
     ],
 )
 def test_libraries_have_one_home(library, homes):
