@@ -21,7 +21,7 @@ from refollama.errors import RefollamaError
 from refollama.loaded import LoadedModel
 from refollama.models.layers import Experts, Linear
 from refollama.models.meter import Told, unheard
-from refollama.perplexity import NUM_CTX, Cut, windows
+from refollama.perplexity import Cut, windows
 from refollama.weights.importance import Importance, Sums
 
 BLOCKS = "blk."  # the language model's; a vision tower's parts have other names
@@ -31,7 +31,7 @@ OUTPUT = "output"
 def collect(
     llm: LoadedModel,
     text: str | Sequence[int],
-    num_ctx: int = NUM_CTX,
+    num_ctx: int | None = None,
     *,
     chunks: int | None = None,
     output: bool = False,
@@ -53,7 +53,7 @@ def collect(
                 ears.setdefault(OUTPUT, Ear(1)).hear(states)
             told(number, len(parts))
     sums = {f"{name}.weight": ear.sums(name) for name, ear in ears.items() if ear.any}
-    return Importance(sums, chunks=len(parts), chunk_size=num_ctx)
+    return Importance(sums, chunks=len(parts), chunk_size=cut.length)
 
 
 class Ear:

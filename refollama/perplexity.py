@@ -82,7 +82,7 @@ class Window(NamedTuple):
 def perplexity(
     llm: LoadedModel,
     text: str | Sequence[int],
-    num_ctx: int = NUM_CTX,
+    num_ctx: int | None = None,
     *,
     stride: int = 0,
     chunks: int | None = None,
@@ -91,6 +91,7 @@ def perplexity(
 
     text: tokenised with BOS in front, where the model wants it; what spells a control token is
     text. Or ids, BOS included.
+    num_ctx: tokens of a window; None: 512, or as many as the model can read.
     stride: 0 for windows side by side; else each begins so many tokens after the last one, is half
     a stride longer than num_ctx, and only its last `stride` tokens are scored.
     chunks: no more than so many windows.
@@ -123,12 +124,14 @@ class Cut(NamedTuple):
     scored: int
 
     @classmethod
-    def checked(cls, num_ctx: int, stride: int, most: int) -> Cut:
+    def checked(cls, num_ctx: int | None, stride: int, most: int) -> Cut:
         """As `perplexity` explains it, for a model that was trained with `most` tokens.
 
         Example: 512 → 512, 512, 255; 512 with stride 128 → 576, 128, 128
         Raises: BadRequest for what the model cannot do.
         """
+        if num_ctx is None:
+            num_ctx = min(NUM_CTX, most - stride // 2)
         if not 0 <= stride <= num_ctx:
             raise BadRequest(f"stride must be 0 … {num_ctx}, as num_ctx is, not {stride}")
         length = num_ctx + stride // 2

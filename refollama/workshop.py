@@ -48,12 +48,12 @@ def shown(*examples: str) -> str:
 )
 @click.argument("model", shell_complete=complete_models)
 @click.argument("text")
-@click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--num-ctx", type=int, help="Tokens of a window (512, or all that MODEL reads).")
 @click.option("--stride", default=0, help="Windows that overlap: each begins so much later.")
 @click.option("--chunks", type=click.IntRange(1), help="No more than so many windows.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what is known after each window.")
 def perplexity(
-    model: str, text: str, num_ctx: int, stride: int, chunks: int | None, verbose: bool
+    model: str, text: str, num_ctx: int | None, stride: int, chunks: int | None, verbose: bool
 ) -> None:
     """Measure how well a model foretells a text.
 
@@ -97,7 +97,7 @@ def _told(window: Window) -> str:
 @click.argument("model", shell_complete=complete_models)
 @click.argument("text")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The new file.")
-@click.option("--num-ctx", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--num-ctx", type=int, help="Tokens of a window (512, or all that MODEL reads).")
 @click.option("--chunks", type=click.IntRange(1), help="No more than so many windows.")
 @click.option("--process-output", is_flag=True, help="Listen at the output matrix, too.")
 @click.option("-f", "--force", is_flag=True, help="Write over OUT.")

@@ -121,6 +121,13 @@ def test_a_model_that_wants_no_bos_gets_none():
     assert window == list(range(10, 18))
 
 
+@pytest.mark.parametrize(
+    ("stride", "most", "length"), [(0, 4096, 512), (0, 320, 320), (32, 4096, 528), (32, 320, 320)]
+)
+def test_windows_have_512_tokens_or_all_that_the_model_reads(stride, most, length):
+    assert Cut.checked(None, stride, most).length == length
+
+
 # ── what cannot be measured ───────────────────────────────────────────────────────────────────
 
 
