@@ -40,6 +40,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 NEIGHBOURS = {  # of one floor, yet: errors are everybody's, the command line has many rooms
     "options": {"errors"},
+    "convert": {"models"},  # whose configuration it checks, which needs no torch
     "messages": {"errors"},
     "host": {"errors"},
     "keep_alive": {"errors"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from refollama.convert.checkpoint import Converted, convert
 from refollama.convert.folder import Folder, is_checkpoint
+from refollama.errors import StoreError
 
 __all__ = ["Converted", "Folder", "as_files", "convert", "is_checkpoint"]
 
@@ -29,9 +30,18 @@ def as_files(
         paths = []
         for part in parts:
             path = Path(place, f"{part.kind}.gguf")
-            with path.open("xb") as file:
-                for piece in part.pieces():
-                    file.write(piece)
-                    moved(done := done + len(piece), size)
+            for length in _written(path, part):
+                moved(done := done + length, size)
             paths.append(path)
         yield paths
+
+
+def _written(path: Path, part: Converted) -> Iterator[int]:
+    """The bytes of each piece, when it is in the file.  Raises: StoreError if the disk says no."""
+    try:
+        with path.open("xb") as file:
+            for piece in part.pieces():
+                file.write(piece)
+                yield len(piece)
+    except OSError as problem:
+        raise StoreError(f"{path}: {problem.strerror}") from problem

@@ -28,6 +28,7 @@ from refollama.weights.blocks import TYPE_ID, nbytes
 from refollama.weights.gguf import DEFAULT_ALIGNMENT
 from refollama.weights.safetensors import Array, Stored
 
+STACKED = "_exps.weight"  # one tensor of all experts, even if there is but one
 SHOWN = 3  # names in an error message
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # `general.file_type`
 
@@ -143,7 +144,7 @@ def _tensors(
             continue
         sources = tuple(_taken(stored, name, slot.shape) for name in slot.sources)
         used |= set(slot.sources)
-        stacked = (len(sources),) if len(sources) > 1 else ()
+        stacked = (len(sources),) if slot.name.endswith(STACKED) else ()
         rows = _rows(slot, sources, dtype)
         found[slot.name] = (TYPE_ID[rows.type], (*stacked, *slot.shape), rows)
     left = sorted(n for n in stored if n not in used and not n.endswith(IGNORED))

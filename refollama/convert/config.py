@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from refollama.convert.folder import Settings
 from refollama.errors import FormatError, UnsupportedModel
+from refollama.models.config import ModelConfig
 
 Floats = npt.NDArray[np.float32]
 
@@ -144,8 +145,17 @@ def language(kind: str, given: Settings) -> Language:
         metadata["llama.expert_used_count"] = config.size("num_experts_per_tok")
     if window := _window(kind, config):
         metadata["llama.attention.sliding_window"] = window
+    _check_runs(config, metadata)
     tied = bool(config.get("tie_word_embeddings"))
     return Language(config, d_head, kv_heads, experts, tied, metadata, tables)
+
+
+def _check_runs(config: Settings, metadata: Mapping[str, Any]) -> None:
+    """What the model would refuse when it is loaded is refused before a byte is written."""
+    try:
+        ModelConfig.from_metadata(metadata)
+    except (FormatError, UnsupportedModel) as problem:
+        raise type(problem)(f"{config.place}: {problem}") from None
 
 
 def _window(kind: str, config: Settings) -> int:

@@ -13,8 +13,8 @@ in a store, under other names. Nothing outside of it is ever opened.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,13 @@ from refollama.errors import FormatError, NotFound, StoreError, UnsupportedModel
 from refollama.weights.safetensors import Stored, open_safetensors
 
 CONFIG = "config.json"
+WHOLE = "model.safetensors"  # if it is there, an index beside it is of other days
 INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_TEXT = 128 << 20  # bytes; tokenizers of a quarter million words have 35 MB
 LARGEST_NUMBER = 2**31 - 1
+LARGEST_FLOAT = sys.float_info.max  # JSON has whole numbers of any length
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -84,6 +86,8 @@ class Folder:
             raise FormatError(f"{name} is no JSON that can be read: {problem}") from None
         if not isinstance(values, dict):
             raise FormatError(f"{name} must hold a JSON object")
+        if _has_half_a_character(text, values):
+            raise FormatError(f"{name} has half a character (\\ud800 to \\udfff alone)")
         return Settings(values, name)
 
     def tensors(self) -> Mapping[str, Stored]:
@@ -92,7 +96,7 @@ class Folder:
         Raises: FormatError (a file or tensor that is missing, a header that lies), UnsupportedModel
         for a checkpoint in pickles.
         """
-        if INDEX in self.files:
+        if INDEX in self.files and WHOLE not in self.files:
             return self._indexed()
         names = self._shards()
         found: dict[str, Stored] = {}
@@ -107,7 +111,7 @@ class Folder:
     def _shards(self) -> list[str]:
         """The files of a checkpoint without an index: one, or all of a numbered series."""
         found = [name for name in self.files if name.endswith(ENDING)]
-        if "model.safetensors" in found:
+        if WHOLE in found:
             return ["model.safetensors"]
         if not found:
             raise self._nothing()
@@ -160,6 +164,17 @@ def is_checkpoint(path: Path) -> bool:
         return False
 
 
+def _has_half_a_character(text: str, values: object) -> bool:
+    """JSON may spell what no text in UTF-8 can hold; only a backslash leads there."""
+    if "\\ud" not in text.lower():
+        return False
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,7 +204,7 @@ class Settings:
     def number(self, key: str) -> float:
         """A finite number that is not negative."""
         value = self.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value <= LARGEST_FLOAT:
             raise self.fault(key, "must be a number that is not negative")
         return float(value)
 

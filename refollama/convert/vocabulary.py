@@ -13,7 +13,7 @@ trying: the file's own cutter and each of ours cut the same difficult text, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,17 +153,19 @@ def _merging(spec: Settings, model: Settings) -> Columns:
             f"tokenizer.json: the model is {kind[:40]}; supported: byte-level BPE, "
             "BPE with byte_fallback"
         )
-    tokens, merges = _vocab(model), _merges(model)
+    (tokens, given), merges = _vocab(model), _merges(model)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
     scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-    types = [_type(token, model.get("unk_token")) for token in tokens]
+    types = [_type(token, given, model.get("unk_token")) for token in tokens]
     prefix = _puts_space(spec)
     return Columns("llama", tokens, types, scores, space_prefix=prefix, around=_around(spec))
 
 
-def _type(token: str, unknown: object) -> int:
+def _type(token: str, given: Container[str], unknown: object = None) -> int:
+    if token not in given:
+        return TokenType.UNUSED
     if token == unknown:
         return TokenType.UNKNOWN
     return TokenType.BYTE if token in BYTE_NAMES else TokenType.NORMAL
@@ -203,9 +205,11 @@ def _byte_level(text: str, spec: Settings, model: Settings) -> Columns:
     if model.get("type") != "BPE":
         kind = str(model.get("type"))
         raise UnsupportedModel(f"tokenizer.json: the model is {kind[:40]!r}; supported: BPE")
-    tokens = _vocab(model)
+    tokens, given = _vocab(model)
     whole_words = bool(model.get("ignore_merges"))
-    types: list[int] = [TokenType.NORMAL] * len(tokens)
+    types: list[int] = [
+        TokenType.NORMAL if token in given else TokenType.UNUSED for token in tokens
+    ]
     pre = _cut(text, whole_words)
     merges = _merges(model)
     return Columns("gpt2", tokens, types, merges=merges, pre=pre, around=_around(spec))
@@ -234,13 +238,13 @@ def _cut(text: str, whole_words: bool) -> str:
 # ── what both kinds share ────────────────────────────────────────────────────────────────────────
 
 
-def _vocab(model: Settings) -> list[str]:
-    """Tokens by id; an id that is left out is never used."""
+def _vocab(model: Settings) -> tuple[list[str], Container[str]]:
+    """Tokens by id, and those that are given; an id that is left out is never used."""
     vocab = model.part("vocab").values
     if not vocab or any(type(id) is not int or not 0 <= id < 2**24 for id in vocab.values()):
         raise FormatError("tokenizer.json: vocab must say an id for each token")
     tokens = {id: token for token, id in vocab.items()}
-    return [tokens.get(id, f"[PAD{id}]") for id in range(max(tokens) + 1)]
+    return [tokens.get(id, f"[PAD{id}]") for id in range(max(tokens) + 1)], vocab
 
 
 def _merges(model: Settings) -> list[str]:
@@ -356,6 +360,6 @@ def _template(folder: Folder) -> dict[str, str]:
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         found = found or folder.settings(name).get("chat_template")
     if isinstance(found, list):
-        named = {row.get("name"): row.get("template") for row in found if isinstance(row, dict)}
-        found = named.get("default")
+        rows = [row for row in found if isinstance(row, dict) and row.get("name") == "default"]
+        found = rows[-1].get("template") if rows else None
     return {"tokenizer.chat_template": found} if isinstance(found, str) and found else {}

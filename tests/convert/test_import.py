@@ -1,22 +1,25 @@
 """A folder of safetensors becomes the model that it was, by Hugging Face's own recorded logits."""
 
+import errno
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from refollama import load
-from refollama.convert import Folder, convert
+from refollama.convert import Converted, Folder, as_files, convert
 from refollama.convert.names import neighbours
 from refollama.convert.numbers import changed
 from refollama.convert.vocabulary import PROBE
-from refollama.errors import FormatError, UnsupportedModel
+from refollama.errors import FormatError, StoreError, UnsupportedModel
 from refollama.models.layers import Linear
 from refollama.models.llava import Llava
 from refollama.models.load import load_eyes, load_net
 from refollama.text import tokenizer_from
 from refollama.text.bpe import PATTERNS
+from refollama.text.tokenizer import TokenType
 from refollama.weights.gguf import open_gguf, write_gguf
 from tests.convert.checkpoints import (
     byte_level,
@@ -304,6 +307,19 @@ FOUND_OUT = {
         edited("config.json", rope_scaling={"rope_type": "spiral"}),
         "rope_type is 'spiral'; supported: default, linear, dynamic, yarn, longrope, llama3",
     ),
+    "a rope that does not turn": (edited("config.json", rope_theta=1), "rope.freq_base is 1"),
+    "a factor beyond reason": (
+        edited("config.json", rope_scaling={"rope_type": "yarn", "factor": 5000.0}),
+        "config.json: llama.rope.scaling.factor is 5000.0; expected 1/1000 to 1000",
+    ),
+    "a number of 400 digits": (
+        edited("config.json", rope_theta=10**400),
+        "rope_theta must be a number that is not negative",
+    ),
+    "half a character": (
+        lambda folder: (folder / "added_tokens.json").write_text('{"\\ud800": 48}'),
+        "added_tokens.json has half a character",
+    ),
     "no config": (gone("config.json"), "config.json is missing"),
     "no json": (
         lambda folder: (folder / "config.json").write_text("{"),
@@ -339,6 +355,61 @@ FOUND_OUT = {
     ),
     "another kind of words": (unknown_words, "cuts text into words in a way that is not known"),
 }
+
+
+def test_more_experts_are_asked_than_there_are(tmp_path):
+    folder = write_folder(tmp_path / "f", MODELS["mixtral"])
+    edited("config.json", num_experts_per_tok=9)(folder)
+    with pytest.raises(FormatError, match="expert_used_count is 9, but llama.expert_count is"):
+        convert(Folder.at(folder))
+
+
+def test_one_expert_is_a_stack_of_one(tmp_path):
+    """It runs: a model takes as many as its file has."""
+    settings, tensors = small("mixtral")
+    one = {name: value for name, value in tensors.items() if not re.search(r"experts\.[1-9]", name)}
+    one = {n: v[:1] if n.endswith("gate.weight") else v for n, v in one.items()}
+    settings |= {"num_local_experts": 1, "num_experts_per_tok": 1}
+    (path,) = converted(write_folder(tmp_path / "f", settings, one), tmp_path)
+    assert np.isfinite(logits_of(load_net(path), [1, 5, 7], 3)).all()
+
+
+def test_a_whole_file_counts_and_not_an_index_of_other_days(tmp_path):
+    folder = write_folder(tmp_path / "f", MODELS["mistral"])
+    outside(folder)
+    assert convert(Folder.at(folder))
+
+
+def test_ids_that_a_vocabulary_leaves_out_are_never_drawn(tmp_path):
+    folder = write_folder(tmp_path / "f", MODELS["mistral"])
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    token = next(t for t, id in spec["model"]["vocab"].items() if id == 20)
+    del spec["model"]["vocab"][token]
+    spec["model"]["merges"] = []
+    path.write_text(json.dumps(spec))
+    _, metadata = words(folder, tmp_path)
+    assert metadata["tokenizer.ggml.tokens"][20] == "[PAD20]"
+    assert metadata["tokenizer.ggml.token_type"][20] == TokenType.UNUSED
+
+
+def test_of_templates_without_a_name_none_is_the_default(tmp_path):
+    folder = write_folder(tmp_path / "f", MODELS["mistral"])
+    rows = [{"name": [], "template": "a"}, {"name": "default", "template": "b"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": rows}))
+    assert words(folder, tmp_path)[1]["tokenizer.chat_template"] == "b"
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, monkeypatch):
+    def pieces(self):
+        yield b"GGUF"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Converted, "pieces", pieces)
+    monkeypatch.setattr(Converted, "size", 4)
+    folder = write_folder(tmp_path / "f", MODELS["mistral"])
+    with pytest.raises(StoreError, match=r"model.gguf: No space left"), as_files(folder):
+        pass
 
 
 @pytest.mark.parametrize("what", FOUND_OUT)
