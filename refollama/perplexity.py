@@ -130,17 +130,25 @@ class Cut(NamedTuple):
         Example: 512 → 512, 512, 255; 512 with stride 128 → 576, 128, 128
         Raises: BadRequest for what the model cannot do.
         """
-        if num_ctx is None:
-            num_ctx = min(NUM_CTX, most - stride // 2)
-        if not 0 <= stride <= num_ctx:
-            raise BadRequest(f"stride must be 0 … {num_ctx}, as num_ctx is, not {stride}")
+        if num_ctx is not None and not FEWEST <= num_ctx <= most:
+            raise _outside(num_ctx, most, most)
+        if num_ctx is None:  # what half a stride leaves; the widest one leaves as much as itself
+            num_ctx, widest = min(NUM_CTX, most - stride // 2), min(NUM_CTX, (2 * most + 1) // 3)
+        else:
+            widest = num_ctx
+        if not 0 <= stride <= widest:
+            raise BadRequest(f"stride must be 0 … {widest}, no more than num_ctx, not {stride}")
         length = num_ctx + stride // 2
         if num_ctx < FEWEST or length > most:
-            raise BadRequest(
-                f"num_ctx must be {FEWEST} … {most - stride // 2}, as the model was trained with "
-                f"{most} tokens at most, not {num_ctx}"
-            )
+            raise _outside(num_ctx, most - stride // 2, most)
         return cls(length, stride or num_ctx, stride or length - 1 - length // 2)
+
+
+def _outside(num_ctx: int, largest: int, most: int) -> BadRequest:
+    return BadRequest(
+        f"num_ctx must be {FEWEST} … {largest}, as the model was trained with {most} tokens at "
+        f"most, not {num_ctx}"
+    )
 
 
 def windows(

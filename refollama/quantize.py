@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from refollama.errors import BadRequest, FormatError, UnsupportedModel
+from refollama.models.config import ARCHITECTURES
 from refollama.weights import QuantTensor, open_weights, write_gguf
 from refollama.weights.blocks import BLOCKS, TYPE_ID, nbytes
 from refollama.weights.gguf import DEFAULT_ALIGNMENT, GGUF, TensorInfo, Typed, ValueType, encoded
-from refollama.weights.importance import Importance
-from refollama.weights.mixes import MIXES, PLAIN, Traits, file_type, tensor_type
+from refollama.weights.importance import OUTPUT, Importance
+from refollama.weights.mixes import MIXES, PLAIN, Traits, file_type, tensor_type, word
 from refollama.weights.quants import LAYOUTS, Layout
 
-Told = Callable[[int], None]  # how many weights are packed by now
+Heard = Callable[[int], None]  # how many weights are packed by now
 Pieces = Iterator[npt.NDArray[np.uint8]]
 
 AT_ONCE = 1 << 16  # weights for each thread: what a search puts between fits into its cache
@@ -84,6 +85,11 @@ class Quantising:
         return max(many, key=many.__getitem__, default="F32")
 
     @property
+    def tied(self) -> bool:
+        """Is the embedding the output, too?"""
+        return OUTPUT not in self.file.tensors
+
+    @property
     def weights(self) -> int:
         """How many there are in all tensors."""
         return sum(change.weights for change in self.changes)
@@ -94,14 +100,14 @@ class Quantising:
         sizes = [change.nbytes for change in self.changes]
         return len(next(self.encoded())) + sum(size + -size % DEFAULT_ALIGNMENT for size in sizes)
 
-    def write(self, target: Path, told: Told = _unheard) -> None:
+    def write(self, target: Path, told: Heard = _unheard) -> None:
         """The new file; it appears under its name entirely or not at all.
 
         Raises: FormatError if a value is not finite, before or after; StoreError.
         """
         write_gguf(target, self._metadata(), self._tensors(told))
 
-    def encoded(self, told: Told = _unheard) -> Iterator[bytes | memoryview]:
+    def encoded(self, told: Heard = _unheard) -> Iterator[bytes | memoryview]:
         """The bytes of the new file in pieces.  Raises: FormatError, as `write` does."""
         return encoded(self._metadata(), self._tensors(told))
 
@@ -111,7 +117,7 @@ class Quantising:
             "general.quantization_version": Typed(VERSION, ValueType.UINT32),
         }
 
-    def _tensors(self, told: Told) -> dict[str, tuple[int, tuple[int, ...], Pieces]]:
+    def _tensors(self, told: Heard) -> dict[str, tuple[int, tuple[int, ...], Pieces]]:
         weights = open_weights(self.file)
         before = accumulate((change.weights for change in self.changes), initial=0)
         return {
@@ -123,7 +129,7 @@ class Quantising:
             for change, start in zip(self.changes, before, strict=False)
         }
 
-    def _packed(self, change: Change, weights: Mapping[str, QuantTensor], told: Told) -> Pieces:
+    def _packed(self, change: Change, weights: Mapping[str, QuantTensor], told: Heard) -> Pieces:
         """The bytes of one tensor, some rows at a time; nothing of it is there before its turn."""
         tensor, new = weights[change.name], LAYOUTS[TYPE_ID[change.new]]
         done, total = 0, 0.0
@@ -148,7 +154,7 @@ class Quantising:
 
     def _wanted(self, change: Change) -> list[Tensor | None]:
         """Of each matrix in a tensor; nothing where nothing is known, or nothing is to be done."""
-        found = self.importance and self.importance.of(change.name, change.shape)
+        found = self.importance and self.importance.of(change.name, change.shape, self.tied)
         if found is None or change.old == change.new:
             return []
         return list(torch.from_numpy(found).view(-1, change.columns))
@@ -162,7 +168,7 @@ class Quantising:
         )
 
 
-def _told_from(told: Told, start: int, done: int) -> None:
+def _told_from(told: Heard, start: int, done: int) -> None:
     told(start + done)
 
 
@@ -196,7 +202,7 @@ def plan(
     for change in changes:
         _check_source(file, change, again)
         if importance is not None:
-            importance.of(change.name, change.shape)
+            importance.of(change.name, change.shape, traits.tied)
     return Quantising(file, type, changes, importance)
 
 
@@ -207,15 +213,27 @@ def _change(tensor: TensorInfo, type: str, traits: Traits) -> Change:
 
 
 def _check_model(file: GGUF) -> None:
-    kind, family = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
-    if family == "clip" or kind not in (None, "model"):
-        named = "projector" if family == "clip" else str(kind)[:80]
+    says, file_name = file.metadata, file.path.name
+    kind, family = word(says, "general.type", "model"), word(says, "general.architecture")
+    if family == "clip" or kind != "model":
+        named = "projector" if family == "clip" else kind[:80]
         raise UnsupportedModel(
-            f"{file.path.name}: only language models can be quantised; this is a file of the kind "
-            f"'{named}'"
+            f"{file_name}: only language models can be quantised; this is a file of the kind "
+            f"{named!r}"
+        )
+    parts = says.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedModel(
+            f"{file_name} is one of {parts} parts: put them together first "
+            "(llama-gguf-split --merge)"
+        )
+    if family not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{file_name}: general.architecture is {family[:80]!r}; what can be quantised is what "
+            f"runs here: {', '.join(ARCHITECTURES)}"
         )
     if not file.tensors:
-        raise FormatError(f"{file.path.name}: there are no tensors in it")
+        raise FormatError(f"{file_name}: there are no tensors in it")
 
 
 def _check_source(file: GGUF, change: Change, again: bool) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -110,8 +111,8 @@ def imatrix(model: str, text: str, out: Path, force: bool, **given: Any) -> None
     from refollama.imatrix import collect
     from refollama.weights.importance import write_importance
 
-    words = _text(text)
     _check_free(out, force)
+    words = _text(text)
     llm = _loaded(model)
     with terminal.counter("reading", "windows") as moved:
         found = collect(
@@ -253,6 +254,10 @@ def _check_free(path: Path, force: bool) -> None:
     """Before long work: can this file be written, and may it be, if there is one already?"""
     if not path.parent.is_dir():
         raise NotFound(f"{path.parent}: there is no such folder")
+    if path.exists() and not path.is_file():
+        raise BadRequest(f"{path} is a folder or a device: OUT must be the name of a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadRequest(f"{path.parent}: no file may be written in this folder")
     if force or not path.exists():
         return
     if not sys.stdin.isatty():

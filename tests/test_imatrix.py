@@ -217,6 +217,7 @@ IMATRIX = {"general.type": "imatrix"}
     ("keys", "tensors", "sentence"),
     [
         ({}, {}, "general.type is 'model'; expected 'imatrix'"),
+        ({"general.type": [1, 2]}, {}, "general.type is ''; expected 'imatrix'"),
         (IMATRIX, {}, "is empty"),
         (IMATRIX, {"a.in_sum2": ONES}, r"a\.counts is missing"),
         (IMATRIX, {"a.in_sum2": ONES, "a.counts": ONES[:3]}, "a has 4 sums for 3 counts"),
@@ -291,6 +292,24 @@ def test_what_fails_leaves_no_file(tiny, tmp_path):
     nowhere = command(tiny, tmp_path / "text", "-o", out, "--num-ctx", 16)
     assert nowhere.exit_code == 1 and len(nowhere.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+def test_a_folder_is_refused_before_anything_is_read(tmp_path):
+    folder = command("none", "no-text", "-o", tmp_path, "-f")
+    assert folder.exit_code == 1 and f"{tmp_path} is a folder or a device" in folder.stderr
+    assert len(folder.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_output_of_a_tied_model_is_found_again(tmp_path):
+    """Listened to, and then known of the embedding, which is the same matrix."""
+    path = write_model(tmp_path / "tied.gguf", tied=True)
+    with refollama.load(path) as llm:
+        found = collect(llm, TEXT, 16, chunks=1, output=True)
+    with open_gguf(path) as file:
+        shape = file.tensors["token_embd.weight"].shape
+    known = found.of("token_embd.weight", shape, tied=True)
+    np.testing.assert_array_equal(known, found.sums["output.weight"].means()[0])
+    assert found.of("token_embd.weight", shape) is None
 
 
 # ── what it is good for ───────────────────────────────────────────────────────────────────────

@@ -128,6 +128,16 @@ def test_windows_have_512_tokens_or_all_that_the_model_reads(stride, most, lengt
     assert Cut.checked(None, stride, most).length == length
 
 
+@given(st.integers(5, 2000))
+def test_the_widest_stride_that_is_told_is_the_widest(most):
+    with pytest.raises(BadRequest) as raised:
+        Cut.checked(None, 10**6, most)
+    widest = int(str(raised.value).split("… ")[1].split(",")[0])
+    assert Cut.checked(None, widest, most).length <= most
+    with pytest.raises(BadRequest, match=f"stride must be 0 … {widest},.* not {widest + 1}"):
+        Cut.checked(None, widest + 1, most)
+
+
 # ── what cannot be measured ───────────────────────────────────────────────────────────────────
 
 
@@ -141,6 +151,11 @@ def test_windows_have_512_tokens_or_all_that_the_model_reads(stride, most, lengt
         (TEXT, {"num_ctx": 120, "stride": 20}, r"num_ctx must be 4 … 118.* not 120"),
         (TEXT, {"num_ctx": 16, "stride": 17}, r"stride must be 0 … 16.* not 17"),
         (TEXT, {"num_ctx": 16, "stride": -1}, r"stride must be 0 … 16.* not -1"),
+        (TEXT, {"num_ctx": -5}, r"num_ctx must be 4 … 128.* not -5"),
+        (TEXT, {"num_ctx": 0, "stride": 8}, r"num_ctx must be 4 … 128.* not 0"),
+        (TEXT, {"num_ctx": 4000, "stride": 2000}, r"num_ctx must be 4 … 128.* not 4000"),
+        (TEXT, {"stride": 2000}, r"stride must be 0 … 85,.* not 2000"),
+        (TEXT, {"stride": -1}, r"stride must be 0 … 85,.* not -1"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(llm, text, settings, sentence):

@@ -172,6 +172,28 @@ def test_columns_that_matter_are_spared_each_experts_own(mixture, tmp_path):
     assert bool((spared.sum((1, 2)) < 0.8 * plain.sum((1, 2))).all())
 
 
+def test_a_tied_embedding_is_spared_as_the_output_that_it_is(tmp_path):
+    """What `imatrix --process-output` notes of it stands under the output's name."""
+    source = write_model(tmp_path / "tied.gguf", tied=True, **ONE_LAYER)
+    columns = np.exp(3 * np.random.default_rng(1).standard_normal((1, 256))).astype(np.float32)
+    importance = Importance({"output.weight": Sums(columns, np.ones(1, np.float32))})
+    old, off = open_weights(source)["token_embd.weight"].unpack(), []
+    for file, given in (("plain.gguf", None), ("spared.gguf", importance)):
+        written(source, tmp_path / file, "Q4_K_M", importance=given)
+        new = open_weights(tmp_path / file)["token_embd.weight"]
+        off.append(((new.unpack() - old).square() * torch.tensor(columns)).sum())
+    assert new.type == "Q6_K" and off[1] < 0.8 * off[0]
+
+
+def test_an_embedding_is_not_spared_as_the_output_that_it_is_not(wide, packed, tmp_path):
+    columns = np.exp(3 * np.random.default_rng(1).standard_normal((1, 256))).astype(np.float32)
+    importance = Importance({"output.weight": Sums(columns, np.ones(1, np.float32))})
+    written(wide, tmp_path / "x.gguf", "Q4_K_M", importance=importance)
+    ours, plain = open_weights(tmp_path / "x.gguf"), open_weights(packed("Q4_K_M")[1])
+    assert torch.equal(ours["token_embd.weight"].data, plain["token_embd.weight"].data)
+    assert not torch.equal(ours["output.weight"].data, plain["output.weight"].data)
+
+
 # ── what a packed model says ──────────────────────────────────────────────────────────────────
 
 
@@ -235,12 +257,40 @@ def test_packing_once_more_has_to_be_asked_for(packed, tmp_path):
     [
         ({"general.architecture": "clip"}, "projector"),
         ({"general.architecture": "llama", "general.type": "adapter"}, "adapter"),
+        ({"general.architecture": "llama", "general.type": [1, 2]}, ""),
     ],
 )
 def test_only_language_models_are_packed(tmp_path, keys, kind):
     tensors = {"a.weight": (TYPE_ID["F32"], (1, 256), np.ones((1, 256), np.float32))}
     write_gguf(tmp_path / "m.gguf", keys, tensors)
     refuse(tmp_path / "m.gguf", tmp_path / "x.gguf", UnsupportedModel, f"of the kind '{kind}'")
+
+
+@pytest.mark.parametrize("tensors", [0, 1])
+def test_a_part_of_a_model_is_refused(tmp_path, tensors):
+    """Also the first of some splits, which has no tensors."""
+    keys = {"general.architecture": "llama", "split.no": 0, "split.count": 3}
+    all = {"a.weight": (TYPE_ID["F32"], (1, 256), np.ones((1, 256), np.float32))}
+    write_gguf(tmp_path / "m.gguf", keys, all if tensors else {})
+    said = "m.gguf is one of 3 parts: put them together first"
+    refuse(tmp_path / "m.gguf", tmp_path / "x.gguf", UnsupportedModel, said)
+
+
+@pytest.mark.parametrize("count", [0, 1])  # 0: what was put together again
+def test_a_model_in_one_part_is_packed(tmp_path, count):
+    source = write_model(tmp_path / "m.gguf", keys={"split.count": count}, **ONE_LAYER)
+    with open_gguf(source) as file:
+        assert plan(file, "Q8_0").weights
+
+
+@pytest.mark.parametrize("named", ["mamba", "", None, [1, 2], ["llama"]])
+def test_a_model_that_does_not_run_here_is_refused(tmp_path, named):
+    tensors = {"a.weight": (TYPE_ID["F32"], (1, 256), np.ones((1, 256), np.float32))}
+    keys = {"general.name": "x"} | ({} if named is None else {"general.architecture": named})
+    write_gguf(tmp_path / "m.gguf", keys, tensors)
+    shown = named if isinstance(named, str) else ""
+    said = f"m.gguf: general.architecture is '{shown}'; .* runs here: llama"
+    refuse(tmp_path / "m.gguf", tmp_path / "x.gguf", UnsupportedModel, said)
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
@@ -308,6 +358,8 @@ def test_who_breaks_off_leaves_nothing(wide, tmp_path, monkeypatch, problem):
     [
         (("gone.gguf", "x.gguf", "Q4_0"), "no such file"),
         (("{wide}", "gone/x.gguf", "Q4_0"), "no such folder"),
+        (("{wide}", ".", "Q4_0", "-f"), ". is a folder or a device: OUT must be the name of"),
+        (("{wide}", "/dev/null", "Q4_0", "-f"), "/dev/null is a folder or a device"),
         (("{wide}", "x.gguf", "Q9"), "unknown type 'Q9'"),
         (("{wide}", "x.gguf", "Q4_0", "--imatrix", "gone"), "no such file"),
     ],
@@ -317,6 +369,15 @@ def test_what_is_wrong_is_said_in_one_sentence(wide, tmp_path, monkeypatch, argu
     result = run(*(argument.format(wide=wide) for argument in arguments))
     assert result.exit_code == 1 and said in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_may_be_written_is_told(wide, tmp_path, monkeypatch):
+    """Before the work; asked of the system, since root may write everywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(quantize.Quantising, "write", lambda *arguments: pytest.fail("too late"))
+    result = run(wide, tmp_path / "x.gguf", "Q4_0", "-f")
+    assert result.exit_code == 1
+    assert f"{tmp_path}: no file may be written in this folder" in result.stderr
 
 
 # ── in the store ──────────────────────────────────────────────────────────────────────────────

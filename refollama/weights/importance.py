@@ -31,11 +31,13 @@ import numpy.typing as npt
 from refollama.errors import FormatError, NotFound, StoreError
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.gguf import GGUF, is_gguf, open_gguf, write_gguf
+from refollama.weights.mixes import word
 
 Floats = npt.NDArray[np.float32]
 
 F32 = TYPE_ID["F32"]
 SQUARES, COUNTS = ".in_sum2", ".counts"
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 MOST_ENTRIES = 2**20
 _APART = re.compile(
     r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight"
@@ -65,12 +67,15 @@ class Importance:
     chunk_size: int = 0  # tokens of a window; 0 where a file does not say
     file: str = "this importance matrix"
 
-    def of(self, name: str, shape: tuple[int, ...]) -> Floats | None:
+    def of(self, name: str, shape: tuple[int, ...], tied: bool = False) -> Floats | None:
         """How much each column of a tensor matters: (in,), or (E, in) for E experts in one tensor.
 
-        shape: outermost first. None: nothing is known of this tensor.
+        shape: outermost first. tied: the embedding is the output, too, under whose name its sums
+        are noted. None: nothing is known of this tensor.
         Raises: FormatError if the sums are those of another shape.
         """
+        if tied and name == EMBEDDING and name not in self.sums:
+            name = OUTPUT
         match = None if name in self.sums else _APART.fullmatch(name)
         found = self.sums.get(f"{match[1]}_exps.weight" if match else name)
         if found is None:
@@ -128,7 +133,7 @@ def read_importance(path: str | os.PathLike[str]) -> Importance:
 
 def _from_gguf(file: GGUF) -> Importance:
     name, metadata = file.path.name, file.metadata
-    kind = metadata.get("general.type", "model")
+    kind = word(metadata, "general.type", "model")
     if kind != "imatrix":
         raise FormatError(f"{name}: its general.type is {kind!r}; expected 'imatrix'")
     names = [key.removesuffix(SQUARES) for key in file.tensors if key.endswith(SQUARES)]

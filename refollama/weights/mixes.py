@@ -123,7 +123,8 @@ NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K"
 LAST_RESORT = "F16"
 
 _KEPT = re.compile(r"(.*\.)?(ffn_gate_inp|position_embd|token_types)\.weight")
-_NAME = re.compile(r"(?:blk\.(\d+)\.)?(.+?)(?:_exps)?\.weight")
+# Layer and part; experts lie in one tensor, or, in files of 2023, one by one.
+_NAME = re.compile(r"(?:blk\.(\d+)\.)?(.+?)(?:_exps|\.\d+)?\.weight")
 
 # ── from the rules to a type ─────────────────────────────────────────────────────────────────────
 
@@ -140,7 +141,7 @@ class Traits:
     @classmethod
     def of(cls, metadata: Mapping[str, Any], names: Sequence[str]) -> Traits:
         """Of a file's metadata and the names of its tensors."""
-        family = metadata.get("general.architecture")
+        family = word(metadata, "general.architecture")
         heads = _count(metadata.get(f"{family}.attention.head_count"))
         keys = _count(metadata.get(f"{family}.attention.head_count_kv")) or heads
         return cls(
@@ -149,6 +150,12 @@ class Traits:
             n_experts=_count(metadata.get(f"{family}.expert_count")),
             tied="output.weight" not in names,
         )
+
+
+def word(metadata: Mapping[str, Any], key: str, missing: str = "") -> str:
+    """A value that is to be a word; "" for a number or a list.  `missing`: where there is none."""
+    found = metadata.get(key, missing)
+    return found if isinstance(found, str) else ""
 
 
 def _count(value: Any) -> int:
@@ -179,10 +186,10 @@ def tensor_type(name: str, shape: Sequence[int], old: str, file_type: str, trait
 
 
 def _wanted(name: str, file_type: str, traits: Traits) -> str:
-    found = _NAME.fullmatch(name)
-    assert found is not None
+    mix, found = MIXES[file_type], _NAME.fullmatch(name)
+    if found is None:  # no name at all, or one of several lines
+        return mix.base
     layer, part = int(found[1] or 0), found[2]
-    mix = MIXES[file_type]
     if part == "output" or (part == "token_embd" and traits.tied):
         return mix.output
     if mix.base in PLAIN:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from refollama.errors import FormatError, NotFound, RefollamaError, UnsupportedModel
 from refollama.weights import open_gguf
-from refollama.weights.lora import open_adapter, save_adapter
+from refollama.weights.lora import ggla, open_adapter, save_adapter
 from refollama.weights.safetensors import encoded
 from tests import adapters
 from tests.tiny import metadata, shapes
@@ -74,6 +74,9 @@ def test_half_a_change_is_refused_by_the_name_of_the_other_half(tmp_path, model,
         ({"general__type": "model"}, "general.type is 'model'; expected 'adapter'"),
         ({"adapter__type": "control"}, "adapter.type is 'control'; expected 'lora'"),
         ({"general__architecture": "qwen2"}, "architecture 'qwen2', but this one is 'llama'"),
+        ({"general__type": [1, 2]}, "general.type is ''; expected 'adapter'"),
+        ({"adapter__type": ["lora"]}, "adapter.type is ''; expected 'lora'"),
+        ({"general__architecture": [1, 2]}, "architecture '', but this one is 'llama'"),
         ({"adapter__lora__alpha": "x"}, "adapter.lora.alpha is 'x'; expected a number"),
         ({"adapter__alora__invocation_tokens": [1, 2]}, "aLoRA"),
     ],
@@ -100,6 +103,45 @@ def test_what_a_file_says_of_itself_is_held_against_the_model(tmp_path, model, s
 )
 def test_choices_that_cannot_be_followed_are_named(tmp_path, model, choices, sentence):
     assert sentence in refused(adapters.write_peft(tmp_path / "p", ONE, **choices), model)
+
+
+@pytest.mark.parametrize(
+    ("start", "better"),
+    [
+        ("pissa", "path_initial_model_for_weight_conversion"),
+        ("pissa_niter_16", "path_initial_model_for_weight_conversion"),
+        ("OLoRA", "path_initial_model_for_weight_conversion"),
+        ("corda", "path_initial_model_for_weight_conversion"),
+        ("lora_ga", "path_initial_model_for_weight_conversion"),
+        ("loftq", "merge_and_unload"),
+    ],
+)
+def test_beginnings_that_change_the_base_are_named(tmp_path, model, start, better):
+    folder = adapters.write_peft(tmp_path / "p", ONE, init_lora_weights=start)
+    told = refused(folder, model, UnsupportedModel)
+    assert f"init_lora_weights is '{start}', which changes the base weights" in told
+    assert better in told
+
+
+@pytest.mark.parametrize(
+    "start", [True, False, None, "gaussian", "eva", "orthogonal", "mica", "of 2030", ["pissa"]]
+)
+def test_beginnings_that_leave_the_base_alone_pass(tmp_path, model, start):
+    folder = adapters.write_peft(tmp_path / "p", ONE, init_lora_weights=start)
+    assert list(open_adapter(folder, model).pairs) == [Q]
+
+
+def test_a_name_in_a_ggla_file_is_cut_out_without_the_rest_of_the_file(tmp_path):
+    class Watched(bytes):
+        def __getitem__(self, part):
+            found = super().__getitem__(part)
+            cut.append(len(found))
+            return found
+
+    cut: list[int] = []
+    raw = adapters.write_ggla(tmp_path / "a", adapters.halves(SHAPES)).read_bytes()
+    assert len(dict(ggla._tensors(Watched(raw)))) == 2 * len(adapters.LINEARS)
+    assert max(cut) <= ggla.LONGEST
 
 
 def test_a_folder_whose_weights_are_a_pickle(tmp_path, model):

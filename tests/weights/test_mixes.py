@@ -8,7 +8,7 @@ import pytest
 
 from refollama.errors import BadRequest
 from refollama.weights.blocks import BLOCKS, TYPE_ID
-from refollama.weights.mixes import MIXES, Traits, file_type, tensor_type
+from refollama.weights.mixes import MIXES, Traits, file_type, tensor_type, word
 from tests.golden.mixed_models import MODELS, by_types, shapes
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "mixes.json").read_text())
@@ -56,14 +56,30 @@ def test_what_is_no_matrix_of_weights_stays(name, shape, old):
     assert tensor_type(name, shape, old, "Q4_K_M", Traits(n_layers=8)) == old
 
 
-def test_experts_that_lie_apart_get_the_base_type():
-    """As in files of 2023: `ffn_down.3` is no `ffn_down`."""
+@pytest.mark.parametrize("type", MIXES)
+def test_experts_that_lie_apart_get_the_type_of_those_in_one_tensor(type):
+    """As in files of 2023, whose experts are put together when they are loaded."""
     traits = Traits(n_layers=8, n_experts=8)
-    found = [
-        tensor_type(f"blk.0.{part}.weight", (256, 256), "F16", "Q4_K_M", traits)
-        for part in ("ffn_down.3", "ffn_down_exps", "ffn_down")
-    ]
-    assert found == ["Q4_K", "Q6_K", "Q6_K"]
+    together, *apart = (
+        [
+            tensor_type(f"blk.{layer}.{part}.weight", (256, 256), "F16", type, traits)
+            for layer in range(8)
+        ]
+        for part in ("ffn_down_exps", "ffn_down.0", "ffn_down.7", "ffn_down.12")
+    )
+    assert apart == [together] * 3
+    assert type != "Q4_K_M" or together[0] == "Q6_K"
+
+
+@pytest.mark.parametrize("name", [".weight", "a\nb.weight", "blk.0..weight"])
+def test_a_matrix_without_a_proper_name_gets_the_base_type(name):
+    assert tensor_type(name, (7, 256), "F32", "Q4_K_M", Traits(n_layers=8)) == "Q4_K"
+
+
+@pytest.mark.parametrize("value", [7, True, 1.5, [1, 2], np.array([1, 2]), ["llama"], None])
+def test_what_is_no_word_is_none(value):
+    assert word({"a": value}, "a", "model") == ""
+    assert (word({}, "a"), word({}, "a", "model"), word({"a": "b"}, "a")) == ("", "model", "b")
 
 
 def test_traits_of_layers_that_differ_are_those_of_the_first():

@@ -71,8 +71,9 @@ def _tensors(data: bytes) -> Iterator[tuple[str, Tensor]]:
                 f"tensor at byte {at}: {n_dims} dims ({dims[0]} × {dims[1]}), a name of {length} "
                 f"bytes, type {type}; expected 2 positive ones, at most {LONGEST}, and 0 or 1"
             )
-        name = data[at + ENTRY.size :][:length].decode("utf-8", "replace")
-        at += ENTRY.size + length
+        at += ENTRY.size
+        name = data[at : at + length].decode("utf-8", "replace")
+        at += length
         at += -at % ALIGNMENT
         count, dtype = math.prod(dims), DTYPES[type]
         if count * dtype.itemsize > len(data) - at:

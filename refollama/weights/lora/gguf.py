@@ -24,6 +24,7 @@ from refollama.weights import open_weights
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.gguf import GGUF, open_gguf, write_gguf
 from refollama.weights.lora.record import Adapter, Base, Pair, paired
+from refollama.weights.mixes import word
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,15 @@ def _alpha(file: GGUF, base: Base) -> float:
     """What the scale comes from, after the checks of what the file says of itself."""
     says = file.metadata
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
-        if says.get(key) != wanted:
-            raise UnsupportedModel(f"{key} is {says.get(key)!r}; expected {wanted!r}")
+        if word(says, key) != wanted:
+            raise UnsupportedModel(f"{key} is {word(says, key)!r}; expected {wanted!r}")
     if "adapter.alora.invocation_tokens" in says:
         raise UnsupportedModel("an adapter that waits for certain tokens (aLoRA) is not built")
-    if says.get("general.architecture") != base.architecture:
+    family = word(says, "general.architecture")
+    if family != base.architecture:
         raise UnsupportedModel(
-            f"it is for a model of architecture {says.get('general.architecture')!r}, but this one "
-            f"is {base.architecture!r}: they do not belong together"
+            f"it is for a model of architecture {family!r}, but this one is "
+            f"{base.architecture!r}: they do not belong together"
         )
     alpha = says.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):

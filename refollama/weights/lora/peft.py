@@ -36,6 +36,9 @@ OTHERS = (
     *("alora_invocation_tokens", "trainable_token_indices", "use_qalora", "use_bdlora"),
     *("arrow_config", "ensure_weight_tying"),
 )
+# Ways to begin that take from the base weights what A and B begin with: the change is of those.
+MOVED = re.compile(r"pissa(_niter_.*)?|corda|olora|lora_ga", re.IGNORECASE)
+ROUNDED = "loftq"  # A and B begin with what rounding the base weights loses
 HALVES = re.compile(r"(.*?)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
 COPIES = re.compile(r".*(?:embed_tokens|lm_head)\.base_layer\.weight")  # PEFT's, of the model's own
 PLAIN = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
@@ -112,7 +115,22 @@ def _choices(path: Path) -> Mapping[str, Any]:
     other += ["bias"] if found.get("bias", "none") != "none" else []
     if other:
         raise UnsupportedModel(f"{CONFIG}: {other[0]} is chosen, which is not built")
+    _check_start(found)
     return found
+
+
+def _check_start(choices: Mapping[str, Any]) -> None:
+    """Raises: UnsupportedModel if the change is of other weights than those of the base."""
+    start = str(choices.get("init_lora_weights"))[:80]
+    if MOVED.fullmatch(start):
+        better = "save it converted (save_pretrained's path_initial_model_for_weight_conversion)"
+    elif start.lower() == ROUNDED:
+        better = "merge it with its own base (merge_and_unload), and take what comes of it"
+    else:
+        return
+    raise UnsupportedModel(
+        f"{CONFIG}: init_lora_weights is {start!r}, which changes the base weights, too: {better}"
+    )
 
 
 def _scale(choices: Mapping[str, Any], module: str, rank: int) -> float:
