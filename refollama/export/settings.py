@@ -38,13 +38,14 @@ _SAME = (
 )
 
 
-def language_model(file: GGUF) -> tuple[dict[str, Any], Language]:
+def language_model(file: GGUF, *, tied: bool) -> tuple[dict[str, Any], Language]:
     """The settings of a language model, and what `convert` makes of them.
 
+    tied: its first and last layer share a table.
     Raises: UnsupportedModel, FormatError.
     """
     config = ModelConfig.from_metadata(file.metadata)
-    values = _values(file, config)
+    values = _values(file, config) | {"tie_word_embeddings": tied}
     found = language(values["model_type"], Settings(values, CONFIG))
     _check_same(file, config, ModelConfig.from_metadata(found.metadata))
     return values, found
@@ -69,7 +70,6 @@ def _values(file: GGUF, config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.n_ctx,
         "rms_norm_eps": short(config.norm_eps),
         "rope_theta": short(config.rope.base),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     if kind != "llama":
         values["sliding_window"] = config.window if config.window < LARGEST else None
@@ -98,7 +98,7 @@ def _biases(file: GGUF, kind: str) -> dict[str, bool]:
 
 
 def _rotation(file: GGUF, config: ModelConfig) -> dict[str, Any]:
-    """`rope_scaling`, if there is any."""
+    """`rope_scaling`, if there is any; there it has one kind only."""
     rope = config.rope
     scaling: dict[str, Any] = {}
     if rope.longrope:
@@ -107,7 +107,12 @@ def _rotation(file: GGUF, config: ModelConfig) -> dict[str, Any]:
         scaling = _yarn(rope)
     elif rope.scale != 1:
         scaling = {"rope_type": "linear", "factor": short(1 / rope.scale)}
-    elif "rope_freqs.weight" in file.tensors:
+    if "rope_freqs.weight" in file.tensors:
+        if scaling:
+            raise UnsupportedModel(
+                f"{file.path.name}: rope_freqs.weight stands beside scaling of the kind "
+                f"{scaling['rope_type']}, and transformers has settings for one of them only"
+            )
         scaling = _llama3(file, config)
     return {"rope_scaling": scaling} if scaling else {}
 

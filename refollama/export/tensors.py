@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from refollama.convert.checkpoint import FILE_TYPES
 from refollama.convert.names import Slot, halves
 from refollama.convert.numbers import FLOATS, changed
 from refollama.errors import FormatError, UnsupportedModel
+from refollama.models.load import IGNORED
 from refollama.weights import QuantTensor, open_gguf, open_weights
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.gguf import GGUF, Typed, ValueType
@@ -28,6 +30,8 @@ EXPERTS = 3  # dimensions of a tensor that holds a matrix for each
 AT_ONCE = 1 << 22  # weights that are unpacked at once
 SHOWN = 3  # names in an error message
 READ_ELSEWHERE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+APART = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)")  # an expert, in files of 2023
+TABLE, OUTPUT = "token_embd.weight", "output.weight"
 
 
 def majority(file: GGUF) -> str:
@@ -44,25 +48,33 @@ class Source:
     """An open file, and the adapters that change it."""
 
     file: GGUF
-    weights: Mapping[str, QuantTensor]
+    weights: Mapping[str, QuantTensor]  # the file's, and perhaps an output of its own
     adapters: Sequence[Adapter] = ()
 
     @classmethod
     def of(cls, path: Path, adapters: Sequence[Path] = ()) -> Source:
         """Raises: NotFound, FormatError, StoreError; UnsupportedModel for an adapter of another."""
         file = open_gguf(path)
-        return cls(file, open_weights(file), [open_adapter(one, file) for one in adapters])
+        if not file.tensors:
+            raise FormatError(f"{path.name}: there are no tensors in it, so it is no whole model")
+        opened = [open_adapter(one, file) for one in adapters]
+        return cls(file, _parted(open_weights(file), opened), opened)
+
+    @property
+    def tied(self) -> bool:
+        """Is the table of the first layer that of the last, too?"""
+        return OUTPUT not in self.weights
 
     @property
     def nbytes(self) -> int:
         """Of all tensors, as they lie in the file."""
-        return sum(info.nbytes for info in self.file.tensors.values())
+        return sum(tensor.data.nbytes for tensor in self.weights.values())
 
     def made(self, slots: Iterable[Slot], dtype: str) -> dict[str, Made]:
         """All tensors of the slots, by their names in a checkpoint.
 
         Raises: FormatError for one that is missing or of another shape; UnsupportedModel for one
-        that no slot asks for.
+        that no slot asks for, and for a change that is in none of them.
         """
         found: dict[str, Made] = {}
         used: set[str] = set(READ_ELSEWHERE)
@@ -72,14 +84,25 @@ class Source:
                 continue
             found |= self._slot(slot, names, dtype)
             used.update(names)
-        left = sorted(self.weights.keys() - used)
+        left = sorted(n for n in self.weights if n not in used and not n.endswith(IGNORED))
         if left:
             more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
             raise UnsupportedModel(
                 f"{self.file.path.name}: tensors that transformers has no place for: "
                 f"{', '.join(left[:SHOWN])}{more}"
             )
+        self.check_added(used)
         return found
+
+    def check_added(self, names: Iterable[str]) -> None:
+        """Raises: UnsupportedModel for an adapter's change that is in none of these tensors."""
+        places = {_place(name)[0] for name in names}
+        for adapter in self.adapters:
+            if lost := sorted(adapter.pairs.keys() - places):
+                raise UnsupportedModel(
+                    f"{adapter.file}: its change of {lost[0]}.weight has no place in what is "
+                    f"exported of {self.file.path.name}"
+                )
 
     def _names(self, slot: Slot) -> list[str]:
         """The tensor of this slot, or one for each expert, as files of 2023 have them."""
@@ -107,18 +130,39 @@ class Source:
             raise self._misshapen(name, slot)
         matrices = tensor.data.reshape(many, -1, tensor.data.shape[-1])
         for number, rows in enumerate(matrices):
-            yield Part(rows, tensor, [_of(pair, number) for pair in self.pairs(name)])
+            yield Part(self.file.path.name, rows, tensor, self.changes(name, number))
 
-    def pairs(self, name: str) -> list[Pair]:
-        """The changes of a tensor."""
-        name = name.removesuffix(".weight")
-        return [one.pairs[name] for one in self.adapters if name in one.pairs]
+    def changes(self, name: str, number: int = 0) -> list[Pair]:
+        """What adapters add to a tensor or, of experts that are stacked, to this one."""
+        place, expert = _place(name)
+        found = [one.pairs[place] for one in self.adapters if place in one.pairs]
+        return [_of(pair, number if expert is None else expert) for pair in found]
 
     def _misshapen(self, name: str, slot: Slot) -> FormatError:
         have, want = (" × ".join(map(str, s)) for s in (self.weights[name].shape, slot.shape))
         return FormatError(
             f"{self.file.path.name}: tensor {name} has shape {have}; expected {want}"
         )
+
+
+def _parted(
+    weights: Mapping[str, QuantTensor], adapters: Sequence[Adapter]
+) -> Mapping[str, QuantTensor]:
+    """A tied model's table twice, if an adapter changes one use of it: the other stays."""
+    is_changed = any({"token_embd", "output"} & one.pairs.keys() for one in adapters)
+    if OUTPUT in weights or not is_changed:
+        return weights
+    return {**weights, OUTPUT: replace(weights[TABLE], name=OUTPUT)}
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """Where an adapter has the change of a tensor; it knows experts as a stack, however they lie.
+
+    Example: "blk.0.ffn_down.1.weight" → "blk.0.ffn_down_exps", 1
+    """
+    name = name.removesuffix(".weight")
+    expert = APART.fullmatch(name)
+    return (f"{expert[1]}_exps", int(expert[2])) if expert else (name, None)
 
 
 def _of(pair: Pair, number: int) -> Pair:
@@ -131,6 +175,7 @@ def _of(pair: Pair, number: int) -> Pair:
 class Part:
     """A matrix in a tensor: its packed rows, and the low-rank changes that are added to it."""
 
+    file: str  # for messages
     rows: Tensor  # (n, row_bytes) uint8
     tensor: QuantTensor
     changes: Sequence[Pair] = ()
@@ -149,6 +194,13 @@ class Part:
                 found = found + scale * (b[start : start + step] @ a)
             yield found.numpy()
 
+    def cast(self, values: Array, type: str) -> Array:
+        """Some of the values as another type.  Raises: UnsupportedModel if one is too large."""
+        try:
+            return changed(values, "F32", type)
+        except UnsupportedModel as problem:
+            raise UnsupportedModel(f"{self.file}: tensor {self.tensor.name}: {problem}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
@@ -164,7 +216,7 @@ class _Rows:
         together = d_head * math.prod(shape[1:]) // self.part.columns
         for values in self.part.values(max(1, together)):
             rows = values.reshape(-1, *shape[1:])
-            yield changed(halves(rows, d_head) if heads else rows, "F32", self.dtype)
+            yield self.part.cast(halves(rows, d_head) if heads else rows, self.dtype)
 
 
 def with_rows(one: Made, count: int) -> Made:
@@ -190,15 +242,16 @@ def unpacked(
     F16, if it was packed.
     """
     file, done = source.file, 0
+    source.check_added(source.weights)
     tensors: dict[str, tuple[int, tuple[int, ...], Iterable[Array]]] = {}
     metadata = {key: file.typed(key) for key in file.metadata if key != "general.alignment"}
     if dtype:
         metadata["general.file_type"] = Typed(FILE_TYPES[dtype], ValueType.UINT32)
     for name, tensor in source.weights.items():
-        type = _type(tensor, dtype, bool(source.pairs(name)))
+        type = _type(tensor, dtype, bool(source.changes(name)))
         pieces = _pieces(source, tensor, type, partial(_after, told, done))
         tensors[name] = (TYPE_ID[type], tensor.shape, pieces)
-        done += file.tensors[name].nbytes
+        done += tensor.data.nbytes
     return metadata, tensors
 
 
@@ -222,5 +275,5 @@ def _pieces(
         if tensor.type == type and not part.changes:
             yield part.rows.numpy()
         else:
-            yield from (changed(values, "F32", type) for values in part.values())
+            yield from (part.cast(values, type) for values in part.values())
         told(done := done + part.rows.nbytes)

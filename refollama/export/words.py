@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from refollama.convert.vocabulary import SPACE
+from refollama.errors import UnsupportedModel
 from refollama.text import pieces, tokenizer_from
 from refollama.text.bpe import Cut, cut_of, cutter
-from refollama.text.tokenizer import TokenType
+from refollama.text.tokenizer import SURROGATES, TokenType
 
 Files = dict[str, bytes | str | Mapping[str, Any]]
 ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
@@ -50,6 +51,7 @@ class _Words:
         self.metadata = metadata
         self.tokenizer = tokenizer_from(metadata)  # which checks it
         self.tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+        _check_utf8(self.tokens)
         size = len(self.tokens)
         self.types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [1] * size)]
         self.scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", [0.0] * size)]
@@ -72,8 +74,10 @@ class _Words:
 
     def puts(self, role: str) -> bool:
         """Is this token put at that end of a text?"""
-        around = self.tokenizer.around([])
-        return self.id_of(role) is not None and self.id_of(role) in around
+        text = -1
+        around = self.tokenizer.around([text])  # BOS and EOS may be one token: the place tells
+        at = around.index(text)
+        return self.id_of(role) in (around[:at] if role == "bos" else around[at + 1 :])
 
     def added(self) -> Iterator[dict[str, Any]]:
         """Tokens that are looked for in the text before all others."""
@@ -132,6 +136,16 @@ class _Words:
             return None
         pair = [*text, {"Sequence": {"id": "B", "type_id": 1}}]
         return {"type": "TemplateProcessing", "single": text, "pair": pair, "special_tokens": known}
+
+
+def _check_utf8(tokens: Sequence[str]) -> None:
+    """Raises: UnsupportedModel for a token of other bytes: JSON has no way to write them."""
+    wrong = next((id for id, token in enumerate(tokens) if SURROGATES.search(token)), None)
+    if wrong is not None:
+        raise UnsupportedModel(
+            f"tokenizer.ggml.tokens: entry {wrong} is no valid UTF-8, and the files of "
+            "transformers hold nothing else"
+        )
 
 
 def _spec(words: _Words, model: Mapping[str, Any], **steps: Any) -> dict[str, Any]:
@@ -203,7 +217,7 @@ def _byte_level(words: _Words) -> dict[str, Any]:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": cut.whole_words,
-        "merges": [merge.split(" ") for merge in words.metadata["tokenizer.ggml.merges"]],
+        "merges": _pairs(words),
     }
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return _spec(
@@ -213,6 +227,28 @@ def _byte_level(words: _Words) -> dict[str, Any]:
         pre_tokenizer=_written(cut),
         decoder={**letters, "use_regex": True},
     )
+
+
+def _pairs(words: _Words) -> list[list[str]]:
+    """What merges with what, lowest rank first; of a pair that comes twice the first counts.
+
+    Raises: UnsupportedModel for a merge through what is no token. Our tokenizer spells such a thing
+    in letters; the library refuses it, and without that merge others would be made in its place.
+    """
+    known = set(words.tokens)
+    found: dict[tuple[str, str], None] = {}
+    for merge in words.metadata["tokenizer.ggml.merges"]:
+        rest, _, right = merge[1:].partition(" ")  # the first character is never the border
+        left = merge[:1] + rest
+        strange = [symbol for symbol in (left, right, left + right) if symbol not in known]
+        if right and strange:
+            raise UnsupportedModel(
+                f"tokenizer.ggml.merges: {merge[:40]!r} goes through {strange[0][:40]!r}, which is "
+                "no token; transformers merges tokens only"
+            )
+        if right:
+            found.setdefault((left, right))
+    return [[left, right] for left, right in found]
 
 
 def _written(cut: Cut) -> Any:

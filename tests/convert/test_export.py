@@ -13,12 +13,13 @@ from refollama import load, workshop
 from refollama.convert import Folder, convert
 from refollama.convert.names import halves, neighbours
 from refollama.create import create
-from refollama.errors import BadRequest, FormatError, StoreError, UnsupportedModel
+from refollama.errors import BadRequest, StoreError, UnsupportedModel
 from refollama.export import Exported, export, words
 from refollama.messages import Create
 from refollama.models.load import load_eyes
 from refollama.store import Name, Store
 from refollama.text import tokenizer_from
+from refollama.text.bpe import LETTERS
 from refollama.weights import open_weights
 from refollama.weights.gguf import open_gguf, write_gguf
 from tests import tiny
@@ -186,6 +187,59 @@ def test_the_vocabularies_of_large_models_come_back_as_merges(oracles):
         assert merges.encode(text).ids == ours.encode(text, bos=True)
 
 
+def test_of_one_token_for_both_ends_only_that_is_put_which_the_file_asks_for():
+    for ends in ({"add_bos": True}, {"add_eos": True}, {"add_bos": True, "add_eos": True}, {}):
+        asked = {f"tokenizer.ggml.{end}_token": end in ends for end in ("add_bos", "add_eos")}
+        metadata = tiny.tokenizer() | asked | {"tokenizer.ggml.eos_token_id": 1}
+        metadata = {key: getattr(value, "value", value) for key, value in metadata.items()}
+        merges, about = written(metadata)
+        assert merges.encode("the then").ids == tokenizer_from(metadata).encode(
+            "the then", bos=True
+        )
+        assert (about["add_bos_token"], about["add_eos_token"]) == tuple(asked.values())
+
+
+def written(metadata):
+    """→ the exported tokenizer in the library, and tokenizer_config.json"""
+    found = words.files(metadata, {"max_position_embeddings": 512})
+    return tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer.json"])), found[
+        "tokenizer_config.json"
+    ]
+
+
+def merged_by(tokens, merges):
+    """The metadata of a byte-level tokenizer."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [*LETTERS, *tokens],
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def test_a_merge_through_what_is_no_token_is_refused():
+    """It cannot be left out: the library would merge b and c, which ours never does here."""
+    metadata = merged_by(["bc"], ["a b", "b c"])
+    spelled = [LETTERS.index(letter) for letter in "abc"]
+    assert tokenizer_from(metadata).encode("abc") == spelled
+    left_out, _ = written(merged_by(["bc"], ["b c"]))
+    assert left_out.encode("abc").ids != spelled
+    with pytest.raises(UnsupportedModel, match=r"'a b' goes through 'ab', which is no token"):
+        written(metadata)
+
+
+def test_of_a_merge_that_comes_twice_the_first_counts():
+    metadata = merged_by(["ab", "bc"], ["a b", "b c", "a b"])
+    ours, (theirs, _) = tokenizer_from(metadata), written(metadata)
+    assert theirs.encode("abc").ids == ours.encode("abc") == [256, LETTERS.index("c")]
+
+
+def test_a_token_that_is_not_utf_8_is_refused_by_its_number():
+    metadata = merged_by(["\udcff"], [])
+    with pytest.raises(UnsupportedModel, match="entry 256 is no valid UTF-8"):
+        written(metadata)
+
+
 # ── other models than those that came in ──────────────────────────────────────────────────────
 
 
@@ -330,6 +384,23 @@ def test_other_divisors_than_llama_3s_are_refused(tmp_path):
         export(Exported(tmp_path / "b.gguf"), tmp_path / "c")
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_so_are_divisors_beside_another_scaling(kind, tmp_path):
+    keys = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 2.0}
+    extra = {"rope_freqs.weight": (8,)}
+    model = packed(tmp_path / "a.gguf", type="F32", keys=keys, extra=extra)
+    load(model)
+    with pytest.raises(UnsupportedModel, match=f"rope_freqs.weight stands beside .* {kind}"):
+        export(Exported(model), tmp_path / "b")
+
+
+def test_a_tensor_that_nobody_reads_is_left_out(tmp_path):
+    extra = {"blk.0.attn_rot_embd.weight": (8,)}
+    model = packed(tmp_path / "a.gguf", type="F32", extra=extra)
+    export(Exported(model), tmp_path / "b")
+    assert torch.equal(load(tmp_path / "b").logits([1, 5]), load(model).logits([1, 5]))
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     model = packed(tmp_path / "a.gguf")
     place = tmp_path / "b"
@@ -365,7 +436,8 @@ def test_a_damaged_model_leaves_nothing(format, tmp_path, monkeypatch):
 def test_a_number_too_large_for_the_type_is_refused(tmp_path):
     folder = write_folder(tmp_path / "a", *large())
     [model] = converted(folder, tmp_path)
-    with pytest.raises((UnsupportedModel, FormatError), match="too large for F16"):
+    said = r"model.gguf: tensor output_norm.weight: a number is too large for F16"
+    with pytest.raises(UnsupportedModel, match=said):
         export(Exported(model), tmp_path / "b", dtype="F16")
     assert not (tmp_path / "b").exists()
 
