@@ -68,7 +68,12 @@ class Base:
         self._heads = {"attn_q": queries, "attn_k": keys}
 
     def shape(self, name: str) -> Shape | None:
-        """Of a matrix or a norm, that as one row; None if the model has no such thing."""
+        """Of a matrix or a norm, that as one row; None if the model has no such thing.
+
+        Experts are known as a stack only, however they lie in the file.
+        """
+        if name.rpartition(".")[2].isdecimal():
+            return None
         found = self._shapes.get(f"{name}.weight")
         if found is None and name == "output":
             return self.shape("token_embd")  # tied: one table, two uses
