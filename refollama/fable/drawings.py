@@ -237,6 +237,14 @@ def covers(one: Drawing, patch: int) -> list[Thing | None]:
     return found
 
 
+def middle(one: Drawing, thing: Thing, patch: int) -> int:
+    """The number of the patch in which the middle of a thing lies."""
+    scale = SIDE / max(one.width, one.height)
+    x = (SIDE - scale * one.width) / 2 + scale * thing.x
+    y = (SIDE - scale * one.height) / 2 + scale * thing.y
+    return int(y // patch) * (SIDE // patch) + int(x // patch)
+
+
 def _corners(thing: Thing, scale: float, left: float = 0, top: float = 0) -> Points:
     """Its outline in pixels."""
     return [

@@ -253,7 +253,7 @@ def there(rng: Random, one: Drawing) -> Exchange:
     return _ask(rng, "is there", forms, answer, it=a(noun))
 
 
-# ── compare ───────────────────────────────────────────────────────────────────────────────────
+# ── compare: what is seen first, then what follows from it ────────────────────────────────────────
 
 
 def bigger(rng: Random, one: Drawing) -> Exchange | None:
@@ -264,12 +264,18 @@ def bigger(rng: Random, one: Drawing) -> Exchange | None:
     (big, _), (small, _) = rng.choice(pairs)
     left, right = rng.sample((big, small), 2)
     word, best = rng.choice((("bigger", big), ("smaller", small)))
+    sizes = {big: "big", small: "small"}
+    reason = f"{left} is {sizes[left]} and {right} is {sizes[right]}"
     if rng.random() < 0.5:
         forms = ("Which is {w}, {x} or {y}?", "What is {w}, {x} or {y}?")
-        return _ask(rng, "bigger", forms, f"{best} is {word}.", w=word, x=left, y=right)
-    yes, other = left == best, "smaller" if word == "bigger" else "bigger"
-    answer = f"yes, {left} is {word}." if yes else f"no, {left} is {other}."
+        answer = f"{reason}, so {best} is {word}."
+        return _ask(rng, "bigger", forms, answer, w=word, x=left, y=right)
+    answer = f"{reason}, so {_yes(left == best)}."
     return _ask(rng, "bigger", ("Is {x} {w} than {y}?",), answer, w=word, x=left, y=right)
+
+
+def _yes(right: bool) -> str:
+    return "yes" if right else "no"
 
 
 SIDES: Mapping[str, Callable[[Thing, Thing], int]] = {
@@ -290,7 +296,8 @@ def beside(rng: Random, one: Drawing) -> Exchange | None:
     if not pairs:
         return None
     (name, x), (other, y) = rng.choice(pairs)
-    answer = "yes, it is." if SIDES[word](x, y) > 0 else "no, it is not."
+    yes = _yes(SIDES[word](x, y) > 0)
+    answer = f"{name} is {PLACES[x.place]} and {other} is {PLACES[y.place]}, so {yes}."
     return _ask(rng, "beside", ("Is {x} {w} {y}?",), answer, x=name, y=other, w=word)
 
 
@@ -301,10 +308,8 @@ def more(rng: Random, one: Drawing) -> Exchange | None:
     x, y = rng.sample(shapes, 2)
     left, right = one.count(shape=x), one.count(shape=y)
     forms = ("Are there more {x} than {y}?", "Do you see more {x} than {y}?")
-    answer = f"yes, there are more {plural(x)}."
-    if left <= right:
-        more = f"more {plural(y)}" if left < right else "as many"
-        answer = f"no, there are {more}."
+    other = f"one {y}" if right == 1 else f"{NUMBERS[right]} {plural(y)}"
+    answer = f"{_there_are(left, x)[:-1]} and {other}, so {_yes(left > right)}."
     return _ask(rng, "more", forms, answer, x=plural(x), y=plural(y))
 
 
@@ -318,9 +323,8 @@ def same(rng: Random, one: Drawing) -> Exchange | None:
         "Are the {x} and the {y} of the same colour?",
         "Is the {x} of the same colour as the {y}?",
     )
-    answer = f"no, the {x.shape} is {x.colour} and the {y.shape} is {y.colour}."
-    if x.colour == y.colour:
-        answer = f"yes, both are {x.colour}."
+    yes = _yes(x.colour == y.colour)
+    answer = f"the {x.shape} is {x.colour} and the {y.shape} is {y.colour}, so {yes}."
     return _ask(rng, "same colour", forms, answer, x=x.shape, y=y.shape)
 
 
@@ -335,10 +339,10 @@ LESSONS: Mapping[Lesson, float] = {
     where: 4,
     at: 3,
     there: 1.5,
-    bigger: 3.5,
-    beside: 4,
-    more: 2,
-    same: 1.5,
+    bigger: 6,
+    beside: 5,
+    more: 3,
+    same: 4,
 }
 FIRST: Mapping[Lesson, float] = {**LESSONS, what: 12, closely: 6}  # what people ask first
 

@@ -28,6 +28,7 @@ from refollama.fable.drawings import (
     Drawing,
     covers,
     drawing,
+    middle,
     pixels,
 )
 from refollama.fable.evaluate import Case, Model, cases_of_pictures
@@ -138,6 +139,10 @@ class NewEyes(NewParts):
         """Every matrix whose height is asked for is as high as the tower is wide."""
         return WIDTH
 
+    def has(self, name: str) -> bool:
+        """The second matrix of an MLP, by which a projector of that kind is told."""
+        return name == "mm.2"
+
     def _filled(self, value: float, width: int) -> Tensor:
         return torch.full((width,), value, device=self.device).requires_grad_()
 
@@ -196,15 +201,20 @@ def views(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Views:
 
 
 def shown(one: Drawing, tokenizer: SpmTokenizer) -> Tensor:
-    """What each patch of a drawing shows, and where that is, in five words: (PATCHES, 5) ids.
+    """What each patch of a drawing shows, and where that is, in six words: (PATCHES, 6) ids.
 
-    red circle small top left; of the ground, white background background middle right
+    red circle small top left one; of the ground, white background background middle right no
+
+    Only where the middle of a thing is, there is one: so things can be counted, large as they are.
     """
     ground = (one.ground, "background", "background")
+    middles = {middle(one, thing, PATCH): thing for thing in one.things}
     found = []
     for at, it in enumerate(covers(one, PATCH)):
+        it = middles.get(at, it)
         named = (it.colour, it.shape, it.size) if it else ground
-        found.append((*named, *(spot(it.place) if it else spot(_third(at)))))
+        where = spot(it.place) if it else spot(_third(at))
+        found.append((*named, *where, "one" if at in middles else "no"))
     ids = {word: tokenizer.encode(f" {word}")[0] for words in found for word in words}
     return torch.tensor([[ids[word] for word in words] for words in found])
 
@@ -263,7 +273,7 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=4000, rows=24, rate=6e-3)
+    usual = Plan(steps=5600, rows=24, rate=6e-3)
     calm = 0.3
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar

@@ -40,7 +40,7 @@ def meant(things, question):
 
 
 def answer(things, ground, question):
-    """How the right answer begins, or what is in it."""
+    """What the right answer says: a part of it, or a pattern."""
     text = question.lower().rstrip("?. ").removesuffix(", please")
     for solve in (_pair, _more, _count, _ground, _there, _one, _shape, _at):
         if (found := solve(things, ground, text)) is not None:
@@ -53,16 +53,19 @@ def _pair(things, ground, text):
         return None
     (size, colour, shape, place), other = meant(things, text)
     if "colour" in text:
-        return _yes(colour == other[1])
+        return f"is {colour} and the {other[2]} is {other[1]}, so {_yes(colour == other[1])}."
     if text.startswith(("which", "what")):
-        best = "big" if "bigger" in text else "small"
-        return shape if size == best else other[2]
+        word = "bigger" if "bigger" in text else "smaller"
+        best = shape if (size == "big") == (word == "bigger") else other[2]
+        return f"{best} is {word}."
     if "bigger" in text or "smaller" in text:
-        return _yes((size == "big") == ("bigger" in text))
+        yes = _yes((size == "big") == ("bigger" in text))
+        return re.compile(rf"is {size} and the .* is {other[0]}, so {yes}\.$")
     (row, column), (row2, column2) = spot(place), spot(other[3])
     [word] = re.findall("left of|right of|above|below|under", text)
     ahead = {"left of": column < column2, "right of": column > column2, "above": row < row2}
-    return _yes(ahead.get(word, row > row2)) + ", it is"
+    yes = _yes(ahead.get(word, row > row2))
+    return re.compile(rf"is {place} and the .* is {other[3]}, so {yes}\.$")
 
 
 def _more(things, ground, text):
@@ -70,7 +73,11 @@ def _more(things, ground, text):
     if not match:
         return None
     x, y = (len(fits(things, "", shape)) for shape in match.groups())
-    return "yes" if x > y else f"no, there are {'as many' if x == y else f'more {match[2]}'}"
+    first, second = (
+        f"{NUMBERS[count]} {shape}{'' if count == 1 else 'e?s'}"
+        for count, shape in zip((x, y), match.groups(), strict=True)
+    )
+    return re.compile(rf"there (?:is|are) {first} and {second}, so {_yes(x > y)}\.$")
 
 
 def _count(things, ground, text):

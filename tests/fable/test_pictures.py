@@ -1,6 +1,7 @@
 """The laws of the pictures and of what is asked about them."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -181,9 +182,11 @@ def test_who_only_hears_a_description_answers_the_same(viewings):
             assert len(things) == len(now.things)
             expected = onlooker.answer(things, now.ground, said.user)
             assert expected is not None, said
-            assert expected in said.answer.lower(), (said, things)
+            found = said.answer.lower()
+            pattern = re.compile(re.escape(expected)) if isinstance(expected, str) else expected
+            assert pattern.search(found), (said, things)
             if expected in ("yes", "no"):
-                assert said.answer.lower().startswith(expected)
+                assert found.startswith(expected)
             agreed[said.lesson] += 1
     assert len(agreed) == len(FIRST) - 2
     assert min(agreed.values()) > 20, agreed
@@ -194,8 +197,9 @@ def test_yes_is_as_frequent_as_no():
     answers: dict[str, list[bool]] = {}
     for index in range(300):
         for said in viewing(7, index).turns:
-            if said.answer.startswith(("Yes, ", "No, ")) and said.lesson != "manners":
-                answers.setdefault(said.lesson, []).append(said.answer.startswith("Yes"))
+            said_so = re.search(r"^(yes|no), |, so (yes|no)\.$", said.answer.lower())
+            if said_so and said.lesson != "manners":
+                answers.setdefault(said.lesson, []).append("yes" in said_so.groups())
     assert {"is there", "bigger", "beside"} <= set(answers)
     for lesson in ("is there", "bigger", "beside"):
         assert 0.35 < np.mean(answers[lesson]) < 0.65, lesson

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ import torch
 import refollama
 from refollama.dialogue import chat_prompt
 from refollama.fable import vision
-from refollama.fable.drawings import PLACES, SIDE, Drawing, Thing, png
+from refollama.fable.drawings import (
+    PLACES,
+    SIDE,
+    Drawing,
+    Thing,
+    covers,
+    drawing,
+    middle,
+    png,
+)
 from refollama.fable.evaluate import Case, Score, cases_of_pictures, confusions, taken_for, told
 from refollama.fable.exchange import Exchange
 from refollama.fable.net import SHARED, read, weights
@@ -22,6 +32,7 @@ from refollama.options import Options
 from refollama.service import Service
 from refollama.shelf import LoadedModels
 from refollama.store import Store
+from refollama.weights import open_gguf
 
 PLAN = Plan(rows=1, steps=8)
 
@@ -71,6 +82,24 @@ def test_a_prompt_is_what_training_wrote(small, llm):
     prompt = chat_prompt(llm.script, Chat("", tuple(talk.messages(turns))), llm.reader(Options()))
     assert len(prompt.pictures) == 2
     assert prompt.tokens == ids[0, : len(prompt.tokens)].tolist()
+
+
+def test_the_projector_is_an_mlp(written):
+    """Two matrices, as LLaVA 1.5 has them; one alone would run, and be no MLP."""
+    with open_gguf(written / "fable-vision-mmproj.gguf") as file:
+        assert {"mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"} <= set(file.tensors)
+        assert file.metadata["clip.projector_type"] == "mlp"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_middle_of_a_thing_is_in_one_patch(seed):
+    """It is one that shows the thing, but for rings, which have nothing there."""
+    one = drawing(Random(seed))
+    patches = covers(one, PATCH)
+    middles = {thing: middle(one, thing, PATCH) for thing in one.things}
+    assert len(set(middles.values())) == len(one.things)
+    for thing, at in middles.items():
+        assert patches[at] == thing or thing.shape == "ring"
 
 
 @torch.no_grad()
@@ -131,12 +160,12 @@ def test_each_patch_is_named_by_what_it_shows_and_where(small):
     ids = vision.shown(Drawing("white", (thing,), 1, 1, 0), small.tokenizer)
     words = [[small.tokenizer.piece(id).decode() for id in row] for row in ids.tolist()]
     side = SIDE // PATCH
-    middle = [" red", " star", " big", " middle", " middle"]
+    middle = [" red", " star", " big", " middle", " middle", " one"]
     assert words[(side // 2) * side + side // 2] == middle
     ground = [" white", " background", " background"]
-    assert words[0] == [*ground, " top", " left"]
-    assert words[side - 1] == [*ground, " top", " right"]
-    assert words[side * (side // 2)] == [*ground, " middle", " left"]
+    assert words[0] == [*ground, " top", " left", " no"]
+    assert words[side - 1] == [*ground, " top", " right", " no"]
+    assert words[side * (side // 2)] == [*ground, " middle", " left", " no"]
 
 
 @pytest.mark.parametrize("place", range(9))
