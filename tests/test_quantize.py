@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,6 @@ def test_who_breaks_off_leaves_nothing(wide, tmp_path, monkeypatch, problem):
         (("gone.gguf", "x.gguf", "Q4_0"), "no such file"),
         (("{wide}", "gone/x.gguf", "Q4_0"), "no such folder"),
         (("{wide}", ".", "Q4_0", "-f"), ". is a folder or a device: OUT must be the name of"),
-        (("{wide}", "/dev/null", "Q4_0", "-f"), "/dev/null is a folder or a device"),
         (("{wide}", "x.gguf", "Q9"), "unknown type 'Q9'"),
         (("{wide}", "x.gguf", "Q4_0", "--imatrix", "gone"), "no such file"),
     ],
@@ -369,6 +369,14 @@ def test_what_is_wrong_is_said_in_one_sentence(wide, tmp_path, monkeypatch, argu
     result = run(*(argument.format(wide=wide) for argument in arguments))
     assert result.exit_code == 1 and said in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_never_replaced(wide, tmp_path):
+    """A pipe stands for all that is neither file nor folder, /dev/null among it."""
+    os.mkfifo(tmp_path / "pipe")
+    result = run(wide, tmp_path / "pipe", "Q4_0", "-f")
+    assert result.exit_code == 1 and "is a folder or a device" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_folder_in_which_nothing_may_be_written_is_told(wide, tmp_path, monkeypatch):
