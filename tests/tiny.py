@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from refollama.weights.blocks import TYPE_ID
-from refollama.weights.gguf import Typed, ValueType, write_gguf
+from refollama.weights.gguf import Typed, ValueType, open_gguf, write_gguf
 from refollama.weights.quants import pack
 
 MERGED = ["▁t", "he", "▁the", "in", "er", "an", "▁a", "re", "on", "▁s", "▁w", "nd", "at", "is"]
@@ -117,4 +117,19 @@ def write_model(
             kind, values = type, torch.randn(shape, generator=rng) / shape[-1] ** 0.5
         tensors[name] = (TYPE_ID[kind], shape, pack(values, kind).numpy())
     write_gguf(path, keys | dict(claims or {}), tensors)
+    return path
+
+
+def apart(stacked: Path, path: Path, count: int) -> Path:
+    """A mixture of experts as it was written in 2023: a tensor for each."""
+    file = open_gguf(stacked)
+    tensors: dict[str, Any] = {}
+    for name, info in file.tensors.items():
+        data = file.bytes_of(name)
+        if "_exps" not in name:
+            tensors[name] = (info.type, info.shape, data)
+            continue
+        for e, part in enumerate(data.reshape(count, -1)):
+            tensors[name.replace("_exps", f".{e}")] = (info.type, info.shape[1:], part)
+    write_gguf(path, {key: file.typed(key) for key in file.metadata}, tensors)
     return path

@@ -163,7 +163,7 @@ def _merging(spec: Settings, model: Settings) -> Columns:
     return Columns("llama", tokens, types, scores, space_prefix=prefix, around=_around(spec))
 
 
-def _type(token: str, given: Container[str], unknown: object = None) -> int:
+def _type(token: str, given: Container[str], unknown: object) -> int:
     if token not in given:
         return TokenType.UNUSED
     if token == unknown:

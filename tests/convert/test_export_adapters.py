@@ -9,7 +9,6 @@ from refollama import load
 from refollama.errors import UnsupportedModel
 from refollama.export import Exported, export
 from refollama.export.tensors import Source
-from refollama.weights.gguf import open_gguf, write_gguf
 from tests import tiny
 from tests.adapters import halves, write_plain
 
@@ -27,20 +26,6 @@ def exported(model, adapters, place, format):
     """→ the exported model, as `load` takes it"""
     export(Exported(model, adapters=adapters), place, format)
     return place if format == "safetensors" else place / "model.gguf"
-
-
-def apart(stacked, path, count):
-    """A mixture of experts as it was written in 2023: a tensor for each."""
-    file, tensors = open_gguf(stacked), {}
-    for name, info in file.tensors.items():
-        data = file.bytes_of(name)
-        if "_exps" not in name:
-            tensors[name] = (info.type, info.shape, data)
-            continue
-        for e, part in enumerate(data.reshape(count, -1)):
-            tensors[name.replace("_exps", f".{e}")] = (info.type, info.shape[1:], part)
-    write_gguf(path, {key: file.typed(key) for key in file.metadata}, tensors)
-    return path
 
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
@@ -65,7 +50,7 @@ def test_a_tied_table_stays_one_if_the_adapter_changes_other_tensors(tmp_path):
 @pytest.mark.parametrize("are_apart", [True, False])
 def test_each_expert_gets_its_change_however_they_lie(are_apart, format, tmp_path):
     model = tiny.write_model(tmp_path / "a.gguf", **EXPERTS)
-    model = apart(model, tmp_path / "old.gguf", 3) if are_apart else model
+    model = tiny.apart(model, tmp_path / "old.gguf", 3) if are_apart else model
     names = ["blk.0.ffn_down_exps", "blk.1.ffn_gate_exps"]
     lora = adapter_for(tmp_path / "lora.gguf", names, **EXPERTS)
     running = load(model, adapter=lora).logits(IDS)
@@ -76,7 +61,7 @@ def test_each_expert_gets_its_change_however_they_lie(are_apart, format, tmp_pat
 
 def test_a_change_that_would_get_lost_is_refused(tmp_path):
     """An adapter of one expert alone, which no net has a part for: it does not run either."""
-    model = apart(tiny.write_model(tmp_path / "a.gguf", **EXPERTS), tmp_path / "old.gguf", 3)
+    model = tiny.apart(tiny.write_model(tmp_path / "a.gguf", **EXPERTS), tmp_path / "old.gguf", 3)
     a, b = torch.ones(2, 96).numpy(), torch.ones(64, 2).numpy()
     lora = write_plain(tmp_path / "lora.gguf", {"blk.0.ffn_down.1": (a, b)})
     for format in ("safetensors", "gguf"):

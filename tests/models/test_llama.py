@@ -10,9 +10,9 @@ from refollama.models.config import RopeConfig
 from refollama.models.layers import Experts, Linear, frequencies
 from refollama.models.load import load_net
 from refollama.models.mixtral import MixtralBlock
-from refollama.weights.gguf import open_gguf, write_gguf
+from refollama.weights.gguf import open_gguf
 from tests import oracle_llama
-from tests.tiny import TOKENS, write_model
+from tests.tiny import TOKENS, apart, write_model
 
 LONGROPE: dict[str, Any] = {
     "rope.scaling.type": "longrope",
@@ -231,16 +231,7 @@ def test_of_equal_experts_the_lower_numbers_are_chosen(tmp_path):
 def test_one_tensor_for_each_expert_is_the_same_model(tmp_path):
     """The layout of 2023."""
     stacked = write_model(tmp_path / "new.gguf", expert_count=3, expert_used_count=2)
-    old = tmp_path / "old.gguf"
-    file, tensors = open_gguf(stacked), {}
-    for name, info in file.tensors.items():
-        data = file.bytes_of(name)
-        if "_exps" not in name:
-            tensors[name] = (info.type, info.shape, data)
-            continue
-        for e, part in enumerate(data.reshape(3, -1)):
-            tensors[name.replace("_exps", f".{e}")] = (info.type, info.shape[1:], part)
-    write_gguf(old, {key: file.typed(key) for key in file.metadata}, tensors)
+    old = apart(stacked, tmp_path / "old.gguf", 3)
     tokens = some_tokens(9)
     assert torch.equal(all_logits(load_net(old), tokens), all_logits(load_net(stacked), tokens))
 
