@@ -9,6 +9,7 @@ for whole batches, and that know how to go backwards. A test holds the two equal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ SIZES: Mapping[str, int | float] = {
 # Tables that are no module's: what a file calls them.  They are looked up, not multiplied by.
 TABLES = {"v.position_embd": "v.position_embd.weight"}
 WRITERS = ("attn_output", "attn_out", "ffn_down")  # matrices that write into the residual stream
+QUERIES = 128  # at a time
 ALIKE = 0.7  # how much of keys is queries at first, and of writing is reading
 EMBEDDING_SPREAD = 0.04  # tied: as rows of the output they give logits of about ½ at first
 
@@ -145,13 +147,30 @@ class Learner(Block):
         v = self.attn_v(x).view(B, T, -1, D)
         k, v = step.cache.append(self.layer, step.positions, k, v)  # (B, Hk, T, D)
         assert isinstance(step.cache, Lesson)
-        mixed = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, step.cache.visible, enable_gqa=True
-        )  # (B, H, T, D)
+        mixed = attend_in_chunks(q.transpose(1, 2), k, v, step.cache.veil)  # (B, H, T, D)
         return self.attn_output(mixed.transpose(1, 2).flatten(2))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn_down(functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
+
+
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, veil: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √D + veil)·v, for some queries at a time: nearly half of all keys come later
+    than all of these, and are left out.
+
+    Shapes: q (B, H, T, D); k, v (B, Hk, T, D); veil (B, 1, 1, T, T) → (B, H, T, D).
+    In bfloat16 this takes less than half the time of `scaled_dot_product_attention` on a CPU.
+    """
+    B, H, T, D = q.shape
+    q = q.view(B, k.shape[1], -1, T, D) * D**-0.5  # those that share a key head: G
+    found = []
+    for start in range(0, T, QUERIES):
+        end = min(start + QUERIES, T)
+        some = q[..., start:end, :].flatten(2, 3)  # (B, Hk, G·C, D)
+        scores = (some @ k[:, :, :end].mT).unflatten(2, (-1, end - start))
+        seen = (scores + veil[..., start:end, :end]).softmax(-1).to(v.dtype)
+        found.append((seen.flatten(2, 3) @ v[:, :, :end]).unflatten(2, (-1, end - start)))
+    return torch.cat(found, 3).view(B, H, T, D)
 
 
 class Lesson(Rows):
@@ -161,7 +180,7 @@ class Lesson(Rows):
     Shapes: `conversations` (B, T) numbers the conversation of each token; SHARED is seen by all.
     """
 
-    visible: Tensor  # (B, 1, T, T) bool
+    veil: Tensor  # (B, 1, 1, T, T), in the type of products: 0 where a token sees, else −∞
 
     def __init__(self, conversations: Tensor) -> None:
         T = conversations.shape[1]
@@ -169,11 +188,17 @@ class Lesson(Rows):
         ago = torch.ones(T, T, dtype=torch.bool, device=conversations.device).tril()
         same = conversations[:, :, None] == conversations[:, None, :]
         shared = (conversations == SHARED)[:, None, :]
-        object.__setattr__(self, "visible", ((same | shared) & ago)[:, None])
+        hidden = ~((same | shared) & ago)[:, None, None]
+        veil = torch.zeros(hidden.shape, dtype=_of_products(conversations.device.type))
+        object.__setattr__(self, "veil", veil.to(hidden.device).masked_fill_(hidden, -math.inf))
 
     def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, Hk, D) → (B, Hk, T, D)"""
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _of_products(device: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def read(net: Llama, tokens: Tensor, conversations: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Beheld(Embedding):
         V = len(self.weight)
         seen = tokens >= V
         x = super().forward(tokens.masked_fill(seen, 0))
-        x[seen] = self.rows[tokens[seen] - V]
+        x[seen] = self.rows[tokens[seen] - V].to(x.dtype)
         return x
 
 
@@ -278,6 +278,7 @@ class Seeing(Training):
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
     decisive = DECISIVE
+    spelled = ()
 
     def described(self) -> dict[str, Any]:
         """A vocabulary of its own: of what is asked about pictures."""

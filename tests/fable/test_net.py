@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
-from refollama.fable.net import SHARED, Lesson, new_net, packed, read, sizes, weights
+from refollama.fable import net
+from refollama.fable.net import (
+    SHARED,
+    Lesson,
+    attend_in_chunks,
+    new_net,
+    packed,
+    read,
+    sizes,
+    weights,
+)
 from refollama.models.load import load_net
 from refollama.weights.gguf import write_gguf
 from tests.tiny import TOKENS, tokenizer
@@ -24,11 +35,11 @@ def learner():
     return new_net(METADATA, len(TOKENS), seed=3)
 
 
-def logits(net, tokens):
+def logits(llama, tokens):
     """After every token, by the plain path."""
     positions = torch.arange(tokens.shape[1])[None]
-    cache = net.new_cache().rows([0], tokens.shape[1])
-    return net.output(net.hidden(tokens, positions, cache))
+    cache = llama.new_cache().rows([0], tokens.shape[1])
+    return llama.output(llama.hidden(tokens, positions, cache))
 
 
 @pytest.mark.parametrize(("type", "near"), [("F32", 1e-4), ("Q8_0", 0.05)])
@@ -85,13 +96,39 @@ def test_heads_begin_by_looking_at_what_is_alike_and_by_copying_it(learner):
     assert likeness.diagonal().mean() > 2 * likeness.std()
 
 
+@pytest.mark.parametrize(("length", "queries"), [(1, 128), (128, 128), (300, 128), (20, 7)])
+@torch.no_grad()
+def test_attention_in_chunks_is_attention(monkeypatch, length, queries):
+    """By torch's own; the last tokens of the second row are nobody's."""
+    monkeypatch.setattr(net, "QUERIES", queries)
+    rng = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, heads, length, 8, generator=rng) for heads in (4, 2, 2))
+    numbers = torch.arange(length).div(9, rounding_mode="floor").expand(2, -1).clone()
+    numbers[1, length // 2 :] = -1
+    veil = Lesson(numbers).veil
+    ours = attend_in_chunks(q, k, v, veil)
+    theirs = functional.scaled_dot_product_attention(q, k, v, veil[:, 0] == 0, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_it_reads_nearly_the_same(learner):
+    """Products are rounded, weights are not: gradients come back as float32."""
+    tokens = torch.arange(40)[None]
+    exact = read(learner, tokens, torch.zeros_like(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = read(learner, tokens, torch.zeros_like(tokens))
+    assert 1e-4 < ((rounded - exact).norm() / exact.norm()).item() < 0.02
+    rounded.square().sum().backward()
+    assert {weight.grad.dtype for weight in weights(learner).values()} == {torch.float32}
+
+
 def test_a_lesson_shows_what_came_before_and_no_more():
-    visible = Lesson(torch.tensor([[0, 0, 1, 1]])).visible[0, 0]
+    visible = Lesson(torch.tensor([[0, 0, 1, 1]])).veil[0, 0, 0] == 0
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert visible.int().tolist() == expected
 
 
 def test_what_is_shared_is_seen_by_all_conversations_behind_it():
-    visible = Lesson(torch.tensor([[SHARED, 0, SHARED, 1]])).visible[0, 0]
+    visible = Lesson(torch.tensor([[SHARED, 0, SHARED, 1]])).veil[0, 0, 0] == 0
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
     assert visible.int().tolist() == expected

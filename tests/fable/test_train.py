@@ -64,8 +64,8 @@ def test_the_rate_rises_then_falls():
 
 def test_the_help_says_what_the_options_do():
     text = parser().format_help()
-    for option in ("--seed", "--minutes", "--resume", "--out", "--compile", "--device", "--watch"):
-        assert option in text
+    options = "--seed --minutes --resume --out --compile --bfloat16 --device --watch"
+    assert all(option in text for option in options.split())
 
 
 def test_decisive_words_count_for_more_in_every_spelling(words):
@@ -73,6 +73,14 @@ def test_decisive_words_count_for_more_in_every_spelling(words):
     of = {text: found[words.encode(text)].tolist() for text in (" Lily", "Lily", " LILY", " 7")}
     assert all(set(weights) == {train.DECISIVE} for weights in of.values())
     assert found[words.encode(" is called.")].tolist() == [1.0] * len(words.encode(" is called."))
+
+
+def test_what_is_spelled_counts_for_more_in_each_piece(words):
+    found = train.worth(words, (), ["Droowilenka"])
+    ids = words.encode(" Droowilenka")
+    assert len(ids) > 1
+    assert found[ids].tolist() == [train.DECISIVE] * len(ids)
+    assert found.sum() == len(found) + (train.DECISIVE - 1) * len(set(ids))
 
 
 @pytest.mark.slow
@@ -112,6 +120,15 @@ def test_compiled_it_learns_the_same(small):
     steps(plain, 3)
     steps(compiled, 3)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_it_learns_nearly_the_same(small):
+    exact, rounded = Training(PLAN), Training(PLAN, bfloat16=True)
+    steps(exact, 3)
+    steps(rounded, 3)
+    assert rounded.losses == pytest.approx(exact.losses, rel=1e-2)
+    assert rounded.losses != exact.losses
 
 
 def steps(run, count):
