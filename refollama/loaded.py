@@ -51,6 +51,7 @@ from refollama.errors import (
     UnsupportedModel,
 )
 from refollama.fable.bundled import stock
+from refollama.fast import hasten, more_bytes
 from refollama.kvcache import CPU
 from refollama.messages import Chat, Chunk, Message, Reached
 from refollama.models.exact import warn_if_not_exact
@@ -496,7 +497,7 @@ class LoadedModel:
         tensors = [*self.net.buffers(), *self.net.parameters(), *self._engines.memory()]
         tensors += self.net.gallery.memory() if isinstance(self.net, Llava) else []
         return (
-            sum(tensor.nbytes for tensor in tensors),
+            sum(tensor.nbytes for tensor in tensors) + more_bytes(self.net),
             sum(tensor.nbytes for tensor in tensors if tensor.is_cuda),
         )
 
@@ -686,6 +687,8 @@ def load_file(  # noqa: PLR0913
             f"but token_embd.weight has {net.n_vocab} rows; expected as many"
         )
     place(net, path, wanted, meter.add, projector)
+    if wanted.fast:
+        hasten(net, meter.add)
     meter.finish()
     warn_if_not_exact()
     script = script_from(file.metadata)

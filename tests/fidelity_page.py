@@ -97,6 +97,15 @@ SECTIONS = {
         "1e-06 is rounding. Names without a path are small random models that differ from `plain` "
         "in what they are named for.",
     ),
+    "fast parts": Section(
+        "Fast parts",
+        "type",
+        "tokens",
+        "What replaces the matrices of large nets (`refollama/fast/`): a product, relative to that "
+        "of the plain path, and what that does to the next token's distribution: the mean "
+        "Kullback-Leibler divergence in nats. Small nets and types that are not named here are "
+        "not rounded at all.",
+    ),
     "context shift": Section(
         "Context shift",
         "variant",
@@ -154,6 +163,8 @@ JUDGES = {
     ),
     "transformers": Judge("its own models in float32, recorded once", recording="logits-yarn.json"),
     "all at once": Judge("the same net, reading all tokens in one step instead of through a cache"),
+    "plain path": Judge("the same product by `models/`: unpacked to float32; relative norm"),
+    "plain path, KL": Judge("the same, at the end of a whole net: mean KL of the next token, nats"),
     "alone": Judge("the same net, one sequence at a time"),
     "float32 cache": Judge("the same net, remembering in float32"),
     "in the file": Judge("the same model in a file that asks for it itself"),
@@ -197,6 +208,8 @@ random is drawn from fixed seeds, so the page changes when the code does. The ju
 
 def required() -> dict[str, list[str]]:
     """Every subject that the page must have, by section, in the order of the code's own tables."""
+    from refollama.fast.half import COPIED, NATIVE
+    from refollama.fast.nibbles import LINES
     from refollama.options import Options
     from refollama.text.bpe import PATTERNS
     from refollama.weights.mixes import MIXES
@@ -211,6 +224,7 @@ def required() -> dict[str, list[str]]:
         "tokenizers": [f"kind {kind}" for kind in kinds()],
         "word patterns": [name for name in PATTERNS if name in CUTS.values()],
         "models": list(VARIANTS),
+        "fast parts": [*LINES, *NATIVE, *COPIED],
         "options": [field.name for field in dataclasses.fields(Options)],
     }
 

@@ -167,9 +167,10 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, veil: Tensor) -> Tensor:
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         some = q[..., start:end, :].flatten(2, 3)  # (B, Hk, G·C, D)
-        scores = (some @ k[:, :, :end].mT).unflatten(2, (-1, end - start))
+        scores = (some @ k[:, :, :end].mT).view(B, -1, H // k.shape[1], end - start, end)
         seen = (scores + veil[..., start:end, :end]).softmax(-1).to(v.dtype)
-        found.append((seen.flatten(2, 3) @ v[:, :, :end]).unflatten(2, (-1, end - start)))
+        mixed = seen.flatten(2, 3) @ v[:, :, :end]
+        found.append(mixed.view(B, -1, H // k.shape[1], end - start, D))
     return torch.cat(found, 3).view(B, H, T, D)
 
 

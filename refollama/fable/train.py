@@ -315,7 +315,7 @@ def _same_order(*, strict: bool) -> Iterator[None]:
     """Threads add up the gradients of an embedding in any order, unless they are told not to."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=not strict)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:

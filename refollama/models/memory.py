@@ -35,13 +35,14 @@ FOR_WEIGHTS = 0.8  # of a GPU's free memory
 
 
 class Placement(NamedTuple):
-    """The options that decide it; a model that is to lie elsewhere is loaded anew."""
+    """The options that decide it, and what it is made of; for others a model is loaded anew."""
 
     num_gpu: int
     main_gpu: int
     use_mmap: bool
     use_mlock: bool
     numa: bool
+    fast: bool
 
     @classmethod
     def of(cls, options: Options) -> Placement:
@@ -52,8 +53,8 @@ class Placement(NamedTuple):
 
 
 def passes(wanted: Placement) -> int:
-    """How often `place` goes through the weights."""
-    return int(wanted.numa or not wanted.use_mmap) + bool(wanted.num_gpu)
+    """How often `place` and `hasten` go through the weights."""
+    return int(wanted.numa or not wanted.use_mmap) + bool(wanted.num_gpu) + wanted.fast
 
 
 def place(

@@ -211,7 +211,7 @@ def q5_k(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def _joined_scales(scale: Tensor, minimum: Tensor) -> Tensor:
-    """8 scales and 8 minima of 6 bits: the inverse of `quants._scales_and_minima`.  → (n, 12)"""
+    """8 scales and 8 minima of 6 bits: the inverse of `quants.scales_and_minima`.  → (n, 12)"""
     first = (part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scale, minimum))
     return torch.cat((*first, scale[:, 4:] & 15 | minimum[:, 4:] << 4), dim=1)
 

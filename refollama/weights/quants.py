@@ -269,11 +269,11 @@ def _six_bits(s: Tensor) -> Tensor:
 def q4_k(block: Tensor) -> Tensor:
     """byte 0..1     d   float16, step size of the scales
     byte 2..3     m   float16, step size of the minima
-    byte 4..15        8 scales and 8 minima of 6 bits: `_scales_and_minima`
+    byte 4..15        8 scales and 8 minima of 6 bits: `scales_and_minima`
     byte 16..143  q   4 bits: 4 groups of 32 bytes, low halves are 32 values, high halves the next
     value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 144) uint8 → (n, 256) float32.
     """
-    scale, minimum = _scales_and_minima(block[:, 4:16])
+    scale, minimum = scales_and_minima(block[:, 4:16])
     q = nibbles(block[:, 16:].view(-1, 4, 32))  # (n, 4, 2, 32)
     return scaled(q.view(-1, 8, 32), half(block, 0) * scale, half(block, 2) * minimum)
 
@@ -281,18 +281,18 @@ def q4_k(block: Tensor) -> Tensor:
 def q5_k(block: Tensor) -> Tensor:
     """byte 0..1     d   float16, step size of the scales
     byte 2..3     m   float16, step size of the minima
-    byte 4..15        8 scales and 8 minima of 6 bits: `_scales_and_minima`
+    byte 4..15        8 scales and 8 minima of 6 bits: `scales_and_minima`
     byte 16..47   h   1 bit: bit j of byte k is bit 4 of value[32·j + k]
     byte 48..175  q   bits 0..3: 4 groups of 32 bytes, low halves are 32 values, high the next
     value[32·j + k] = d · scale[j] · q − m · minimum[j]       (n, 176) uint8 → (n, 256) float32.
     """
-    scale, minimum = _scales_and_minima(block[:, 4:16])
+    scale, minimum = scales_and_minima(block[:, 4:16])
     high = shifted(block[:, 16:48], 1, 1)  # (n, 8, 32)
     q = nibbles(block[:, 48:].view(-1, 4, 32)).view(-1, 8, 32) | high << 4
     return scaled(q, half(block, 0) * scale, half(block, 2) * minimum)
 
 
-def _scales_and_minima(s: Tensor) -> tuple[Tensor, Tensor]:
+def scales_and_minima(s: Tensor) -> tuple[Tensor, Tensor]:
     """byte 0..3   bits 0..5: scale[0..3],   bits 6, 7: bits 4, 5 of scale[4..7]
     byte 4..7   bits 0..5: minimum[0..3], bits 6, 7: bits 4, 5 of minimum[4..7]
     byte 8..11  low half: bits 0..3 of scale[4..7], high half: of minimum[4..7]

@@ -1,0 +1,15 @@
+"""The same answer, sooner: parts of a finished net, replaced by others that are proved equal.
+
+    net ── hasten ──┬─ a small net: every matrix is unpacked once (kept.py), every bit stays
+                    └─ a large one: each matrix by its type
+                         4, 5, 8 bits, groups of 32 ── nibbles, multiplied as they lie (nibbles.py)
+                         F16, BF16, Q6_K            ── 16 bits, multiplied as they lie (half.py)
+                         all others                 ── unpacked some rows at a time (slabs.py)
+
+Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
+for itself. Long prompts are read in slabs, as exactly as on the plain path.
+"""
+
+from refollama.fast.choice import hasten, more_bytes
+
+__all__ = ["hasten", "more_bytes"]

@@ -1,0 +1,69 @@
+"""Which part of a net is replaced by which other?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from refollama.fast.half import COPIED, NATIVE, HalfLinear
+from refollama.fast.kept import KeptLinear
+from refollama.fast.nibbles import LINES, ROWS, Int4Linear
+from refollama.fast.prepared import PreparedLinear
+from refollama.fast.slabs import SlabLinear
+from refollama.models.layers import Linear
+from refollama.models.llama import Llama
+from refollama.models.meter import Count, unheard
+from refollama.weights.quants import Layout
+
+SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
+
+
+def hasten(net: Llama, count: Count = unheard) -> None:
+    """Replace the matrices of a net by parts that are as good, and sooner done.
+
+    On a GPU, beside branches (LoRA), and among experts everything stays as it is.
+    count: is told the bytes of each matrix that is done.
+    """
+    plain = {name: part for name, part in net.named_modules() if _can_be_replaced(part)}
+    small = sum(map(unpacked_bytes, plain.values())) <= SMALL
+    for name, part in plain.items():
+        owner, _, child = name.rpartition(".")
+        faster = KeptLinear(part) if small else _by_type(part)
+        setattr(net.get_submodule(owner), child, faster.train(part.training))
+        count(part.weight.nbytes)
+
+
+def _can_be_replaced(part: nn.Module) -> bool:
+    return type(part) is Linear and part.weight.device.type == "cpu"
+
+
+def _by_type(part: Linear) -> Linear:
+    """What has to be packed anew is packed now, not before somebody's first token."""
+    kind = type_of(part)
+    if kind in LINES and len(part.weight) % ROWS == 0:
+        return _ready(Int4Linear(part, kind))
+    if kind in NATIVE or kind in COPIED:
+        return _ready(HalfLinear(part, kind))
+    return SlabLinear(part)
+
+
+def _ready(part: PreparedLinear) -> PreparedLinear:
+    part.prepared()
+    return part
+
+
+def more_bytes(net: nn.Module) -> int:
+    """What the fast parts of a net take beside its weights."""
+    return sum(part.more_bytes for part in net.modules() if isinstance(part, PreparedLinear))
+
+
+def type_of(part: Linear) -> str:
+    """How its matrix is packed, such as "Q4_0"; empty if nobody knows."""
+    layout = getattr(part.unpack, "__self__", None)
+    return layout.name if isinstance(layout, Layout) else ""
+
+
+def unpacked_bytes(part: nn.Module) -> int:
+    """What a matrix takes as float32; its first row tells how wide it is."""
+    assert isinstance(part, Linear)
+    return len(part.weight) * part.unpack(part.weight[:1]).numel() * torch.float32.itemsize

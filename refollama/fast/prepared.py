@@ -1,0 +1,47 @@
+"""What fast parts share: something made of a weight once, and made anew when the weight changes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refollama.models.layers import Linear
+
+Made = Sequence[Tensor]
+
+
+class PreparedLinear(Linear):
+    """`Linear` in place of another, with tensors beside its weight that products are made with."""
+
+    def __init__(self, part: Linear) -> None:
+        super().__init__(part.weight, part.unpack, part.bias)
+        self._prepared: tuple[Tensor, int, Made] | None = None  # of which weight, how old, and what
+
+    @abstractmethod
+    def prepare(self) -> Made:
+        """Those tensors, from the weight as it is now."""
+
+    def prepared(self) -> Made:
+        """Those tensors, for as long as the weight is the same and nobody writes into it.
+
+        What is written behind torch's back (`weight.data`, numpy) does not show.
+        """
+        age = 0 if self.weight.is_inference() else self.weight._version
+        old = self._prepared
+        if old is not None and old[0] is self.weight and old[1] == age:
+            return old[2]
+        # A tensor of inference mode would stop whoever wants to go backwards later.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            made = self.prepare()
+        self._prepared = self.weight, age, made
+        return made
+
+    @property
+    def more_bytes(self) -> int:
+        """What they take beside the weight, as far as they are there."""
+        made = () if self._prepared is None else self._prepared[2]
+        start = self.weight.untyped_storage().data_ptr()
+        return sum(one.nbytes for one in made if one.untyped_storage().data_ptr() != start)

@@ -1,0 +1,212 @@
+"""Fast parts against the plain ones: how far they are off, which is taken, what is noticed."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import refollama
+from refollama.fable.bundled import FOLDER
+from refollama.fast import hasten, more_bytes
+from refollama.fast.choice import type_of
+from refollama.fast.half import COPIED, FEW, NATIVE, HalfLinear
+from refollama.fast.kept import KeptLinear
+from refollama.fast.nibbles import LINES, Int4Linear
+from refollama.fast.slabs import SlabLinear
+from refollama.models.layers import Linear
+from refollama.models.load import load_net
+from refollama.models.lora import Branch, LoraLinear, adapt
+from refollama.quantize import plan
+from refollama.weights import open_gguf
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.quants import LAYOUTS, pack
+from tests.models.test_llama import all_logits, some_tokens
+from tests.tiny import write_model
+
+ROUNDED = 0.006  # of a product, relative: half of what bfloat16 keeps, of several numbers
+KINDS = {**dict.fromkeys(LINES, Int4Linear), **dict.fromkeys(NATIVE | COPIED, HalfLinear)}
+
+
+def part(type, *, rows=128, columns=512, bias=False):
+    rng = torch.Generator().manual_seed(1)
+    values = torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)
+    bias = torch.randn(rows, generator=rng) if bias else None
+    return Linear(pack(values, type), LAYOUTS[TYPE_ID[type]].unpack_rows, bias)
+
+
+def replaced(plain):
+    """By what `hasten` takes in a large net."""
+    net: Any = torch.nn.Module()
+    net.part = plain
+    hasten(net)
+    return net.part
+
+
+def net_of(path) -> Any:
+    return load_net(path)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """All nets count as large."""
+    monkeypatch.setattr("refollama.fast.choice.SMALL", -1)
+
+
+def off(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def tokens(count, columns=512):
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_few_tokens_are_multiplied_as_well_as_rounding_allows(type, count, measured):
+    plain = part(type, bias=count == 3)
+    fast = replaced(plain)
+    assert type_of(plain) == type
+    assert isinstance(fast, KINDS[type])
+    x = tokens(count)
+    error = off(fast(x), plain(x))
+    assert error < ROUNDED
+    measured("fast parts", type, "plain path", error, count)
+    assert fast(x[:, None]).shape == (count, 1, 128)
+
+
+@pytest.mark.parametrize("columns", [512, 2048])
+@pytest.mark.parametrize("type", [*LINES, "F16", *COPIED])
+def test_a_token_is_multiplied_alike_beside_others(type, columns):
+    """Answers that are written side by side are those that each would be alone."""
+    fast = replaced(part(type, columns=columns))
+    together = tokens(16, columns)
+    alone = torch.cat([fast(row[None]) for row in together])
+    for count in range(2, 17):
+        assert torch.equal(fast(together[:count]), alone[:count])
+
+
+@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED, "Q3_K", "Q2_K", "F32"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_are_multiplied_in_slabs_exactly(monkeypatch, type, bias):
+    plain = part(type, bias=bias)
+    fast = replaced(plain)
+    monkeypatch.setattr("refollama.fast.slabs.SLAB", 48 * 512)  # 128 rows: three slabs
+    x = tokens(40)
+    torch.testing.assert_close(fast(x), plain(x), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("type", ["Q3_K", "Q2_K", "F32"])
+def test_whatever_else_there_is_goes_in_slabs(type):
+    plain = part(type)
+    fast = replaced(plain)
+    assert isinstance(fast, SlabLinear)
+    torch.testing.assert_close(fast(tokens(1)), plain(tokens(1)), atol=1e-5, rtol=1e-6)
+
+
+def test_a_height_that_torch_cannot_lay_goes_in_slabs():
+    assert isinstance(replaced(part("Q4_0", rows=96)), SlabLinear)
+
+
+@pytest.mark.parametrize("type", LINES)
+def test_slabs_of_nibbles_are_those_of_the_whole(monkeypatch, type):
+    plain = part(type, rows=320)
+    whole = Int4Linear(plain, type).prepared()
+    monkeypatch.setattr("refollama.fast.nibbles.SLAB", 64 * 512)
+    parts = Int4Linear(plain, type).prepared()
+    assert len(whole) == len(parts) == (2 if LINES[type][1] == 4 else 4)
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_a_row_of_zeros_stays_one():
+    plain = Linear(pack(torch.zeros(64, 256), "Q4_K"), LAYOUTS[TYPE_ID["Q4_K"]].unpack_rows)
+    assert replaced(plain)(tokens(1, 256)).abs().max() == 0
+
+
+def test_what_float16_cannot_hold_is_multiplied_in_float32():
+    plain = part("F16")
+    x = tokens(1) * 1e5
+    assert x.half().isinf().any()
+    assert FEW[torch.float16] >= 1
+    torch.testing.assert_close(replaced(plain)(x), plain(x))
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q6_K", "F16", "Q3_K"])
+def test_what_is_written_into_a_weight_is_seen(type):
+    fast = replaced(part(type))
+    fast(tokens(1))
+    fast.weight.zero_()
+    assert fast(tokens(1)).abs().max() == 0
+    other = part("Q8_0" if type == "Q8_0" else type, rows=128).weight
+    fast.weight = other
+    assert fast(tokens(1)).abs().max() > 0
+
+
+def test_a_small_net_is_kept_unpacked_and_no_bit_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("refollama.fast.choice.SMALL", 1 << 26)
+    path = write_model(tmp_path / "m.gguf", type="Q8_0")
+    plain, fast = net_of(path), net_of(path)
+    hasten(fast)
+    assert type(fast.blk[0].attn_q) is KeptLinear
+    ids = some_tokens(9)
+    assert torch.equal(all_logits(fast, ids), all_logits(plain, ids))
+    assert torch.equal(fast.blk[1].ffn_up.dense(), plain.blk[1].ffn_up.dense())
+    dense = sum(part.dense().nbytes for part in fast.modules() if isinstance(part, Linear))
+    assert more_bytes(fast) == dense
+    assert more_bytes(plain) == 0
+
+
+def test_one_can_go_backwards_through_what_was_made_in_inference_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr("refollama.fast.choice.SMALL", 1 << 26)
+    net = net_of(write_model(tmp_path / "m.gguf", type="Q8_0"))
+    hasten(net)
+    with torch.inference_mode():
+        first = net.blk[0].attn_q(torch.ones(1, net.config.d_model))
+    x = torch.ones(1, net.config.d_model, requires_grad=True)
+    net.blk[0].attn_q(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    torch.testing.assert_close(net.blk[0].attn_q(x).detach(), first.clone())
+
+
+def test_parts_with_branches_stay_as_they_are(tmp_path):
+    net = net_of(write_model(tmp_path / "m.gguf", type="Q8_0"))
+    height, width = len(net.blk[0].attn_q.weight), net.config.d_model
+    adapt(net, {"blk.0.attn_q": [Branch(torch.ones(2, width), torch.ones(height, 2), 1)]})
+    hasten(net)
+    assert type(net.blk[0].attn_q) is LoraLinear
+    assert type(net.blk[1].attn_q) is not Linear
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_option_decides(tmp_path, fast, measured):
+    path = write_model(tmp_path / "m.gguf", type="Q8_0")
+    llm = refollama.load(path, {"fast": fast})
+    kinds = {type(part) for part in llm.net.modules() if isinstance(part, Linear)}
+    assert (Linear in kinds) is not fast
+    measured("options", "fast", "definition", "equal")
+    llm.close()
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "F16"])
+def test_a_story_is_as_likely_to_the_fast_parts(tmp_path, type, measured):
+    """fable itself, packed as this type: mean KL of the next token's distribution."""
+    path = tmp_path / "fable.gguf"
+    with open_gguf(FOLDER / "fable" / "fable.gguf") as file:
+        plan(file, type, again=True).write(path)
+    text = "Once upon a time there was a brave mouse called Tim. Tim was grey and lived in a barn."
+    found = []
+    for fast in (False, True):
+        llm = refollama.load(path, {"fast": fast})
+        ids = llm.tokens(text)
+        cache = llm.net.new_cache()
+        with torch.no_grad():
+            steps = [
+                llm.net(torch.tensor([[id]]), torch.tensor([[at]]), cache.rows([0], at + 1))
+                for at, id in enumerate(ids)
+            ]
+        found.append(torch.cat(steps).double().log_softmax(-1))
+        llm.close()
+    plain, ours = found
+    kl = (plain.exp() * (plain - ours)).sum(-1).mean().item()
+    assert 0 <= kl < 1e-3
+    measured("fast parts", f"fable as {type}", "plain path, KL", kl, len(plain))
