@@ -1,5 +1,6 @@
 """The commands on files: they do their work here, without a server.
 
+    bench        how fast a model is on this machine
     perplexity   how well a model foretells a text
     imatrix      which columns of its matrices matter, while it reads a text
     quantize     a model, packed as another type
@@ -10,9 +11,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from refollama.completion import complete_models
 from refollama.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
+    from refollama.bench import Speed
     from refollama.export import Exported
     from refollama.loaded import LoadedModel
     from refollama.perplexity import Window
@@ -38,6 +41,52 @@ def shown(*examples: str) -> str:
 
 
 # --- the commands ----------------------------------------------------------------------------
+
+
+@click.command(
+    epilog=shown(
+        "refollama bench fable",
+        "refollama bench ./tale-Q4_0.gguf --depth 1024 --threads 2",
+        "refollama bench ./tale-Q4_0.gguf --plain    # without the parts of refollama/fast",
+    )
+)
+@click.argument("model", shell_complete=complete_models)
+@click.option("-p", "--read", type=int, help="Tokens of a prompt (512, or as MODEL allows).")
+@click.option("-n", "--write", type=int, help="Tokens of an answer (128, or as MODEL allows).")
+@click.option("-d", "--depth", default=0, show_default=True, help="Tokens that were read before.")
+@click.option("-r", "--repeat", default=5, show_default=True, help="How often each is measured.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="Of the CPU (as torch chooses).")
+@click.option("--plain", is_flag=True, help="Every product as models/ has it: exact, and slow.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers, for a program.")
+def bench(model: str, depth: int, repeat: int, plain: bool, as_json: bool, **given: Any) -> None:
+    """Measure how fast a model is on this machine.
+
+    MODEL is a name or the path of a .gguf file. Median, least and most tokens a second: to read a
+    prompt, and to write an answer token by token, both without tokenizer, sampler and server.
+    """
+    import torch
+
+    from refollama.bench import bench as measure
+
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    llm = _loaded(model, {"fast": not plain})
+    with terminal.counter("measuring", "tests") as moved:
+        speeds = measure(llm, given["read"], given["write"], depth=depth, repeat=repeat, told=moved)
+    if as_json:
+        about = {"model": model, "threads": torch.get_num_threads(), "fast": not plain}
+        tests = {one.name: [round(rate, 2) for rate in one.rates] for one in speeds}
+        click.echo(json.dumps(about | {"torch": torch.__version__, "tokens_per_second": tests}))
+        return
+    click.echo(terminal.table(_SPEEDS, (_speed_row(one) for one in speeds)))
+    click.echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+_SPEEDS = ("TEST", "TOKENS/S", "LEAST", "MOST")
+
+
+def _speed_row(found: Speed) -> tuple[str, ...]:
+    return (found.name, *(f"{rate:.1f}" for rate in (found.median, *found.spread)))
 
 
 @click.command(
@@ -211,11 +260,11 @@ def export(model: str, folder: Path, format: str, dtype: str | None) -> None:
 # --- what they share -------------------------------------------------------------------------
 
 
-def _loaded(model: str) -> LoadedModel:
+def _loaded(model: str, options: Mapping[str, Any] | None = None) -> LoadedModel:
     from refollama.loaded import load
 
     with terminal.spinner("loading"):
-        return load(model)
+        return load(model, options)
 
 
 def _exported(model: str) -> Exported:
@@ -265,4 +314,4 @@ def _check_free(path: Path, force: bool) -> None:
     click.confirm(f"{path} exists. Write over it?", abort=True, err=True)
 
 
-COMMANDS = (perplexity, imatrix, quantize, export)
+COMMANDS = (bench, perplexity, imatrix, quantize, export)

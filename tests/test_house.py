@@ -30,7 +30,7 @@ FLOORS = [
         "cachekind",
     },
     {"loaded", "create", "show", "vocabularies", "fable"},
-    {"shelf", "perplexity", "imatrix"},
+    {"shelf", "bench", "perplexity", "imatrix"},
     {"service"},
     {"server"},
     {"client", "terminal", "private_server", "promptline", "overview"}

@@ -16,8 +16,8 @@ from refollama.models.layers import Linear
 
 NATIVE = {"F16": torch.float16, "BF16": torch.bfloat16}
 COPIED = {"Q6_K": torch.float16}
-# Tokens; a longer prompt is read exactly. In bfloat16 torch rounds a token that stands beside others
-# in another way than one that stands alone.
+# Tokens; a longer prompt is read exactly. In bfloat16 torch rounds a token that stands beside
+# others in another way than one that stands alone.
 FEW = {torch.float16: 16, torch.bfloat16: 1}
 
 
