@@ -41,8 +41,9 @@ format: $(VENV)/.test  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, and pull, in tables
+bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, rivals, and pull, in tables
 	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m benchmarks.rivals --layers 4
 	$(BIN)/python -m benchmarks.registry $(if $(MEGABYTES),--megabytes $(MEGABYTES))
 
 # The second one without a real model shows gibberish, so what is saved in them is left alone.

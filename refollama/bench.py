@@ -82,7 +82,7 @@ def bench(
     for name, count in tests:
         rates = []
         for turn in range(repeat + 1):
-            rates.append(_rate(net, depth, count, AT_ONCE if name == "read" else 1, turn))
+            rates.append(rate(net, depth, count, AT_ONCE if name == "read" else 1, turn))
             done += 1
             told(done, total)
         at = f" after {depth}" if depth else ""
@@ -91,7 +91,7 @@ def bench(
 
 
 @torch.no_grad()
-def _rate(net: Llama, depth: int, count: int, at_once: int, seed: int) -> float:
+def rate(net: Llama, depth: int, count: int, at_once: int, seed: int) -> float:
     """Tokens a second: so many after `depth` others, in steps of `at_once`."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(net.n_vocab, (depth + count,), generator=rng).to(net.device)
