@@ -51,7 +51,7 @@ from refollama.errors import (
     UnsupportedModel,
 )
 from refollama.fable.bundled import stock
-from refollama.fast import hasten, more_bytes
+from refollama.fast import exactly, hasten, more_bytes
 from refollama.kvcache import CPU
 from refollama.messages import Chat, Chunk, Message, Reached
 from refollama.models.exact import warn_if_not_exact
@@ -312,7 +312,9 @@ class LoadedModel:
     def _logits(self, hidden: Tensor) -> Tensor:
         """(T, d_model) → (T, V), on the CPU."""
         output = self._net(self.defaults).output
-        return output(hidden.to(output.weight.device)).cpu()
+        with exactly():
+            logits: Tensor = output(hidden.to(output.weight.device))
+        return logits.cpu()
 
     def _net(self, options: Options) -> Llama:
         """The net in the form that these options want; its weights are shared."""
@@ -564,7 +566,8 @@ def _states(net: Llama, ids: Sequence[int], layer: int | None = None) -> Iterato
         end = at + part.shape[1]
         places = torch.arange(at, end, device=device)[None]
         stream = net.residual(part, places, cache.rows([0], end))
-        x = next(islice(stream, len(net.blk) if layer is None else layer, None))
+        with exactly():
+            x = next(islice(stream, len(net.blk) if layer is None else layer, None))
         x = net.output_norm(x.to(net.output_norm.weight.device)) if layer is None else x
         yield x[0].cpu()
 

@@ -341,7 +341,8 @@ def test_ids_are_checked_before_they_reach_the_engine(llm):
 
 def test_a_program_that_ends_in_the_middle_of_an_answer_ends_well(tiny):
     code = (
-        "import refollama, sys\n"
+        "import logging, refollama, sys\n"
+        "logging.disable()\n"  # of a machine whose products are not exact
         f"llm = refollama.load({str(tiny)!r})\n"
         "s = llm.stream('the', {'num_predict': -1, 'temperature': 0, 'repeat_penalty': 1})\n"
         "next(s)\n"
@@ -372,14 +373,17 @@ def test_a_flood_is_refused_before_any_work_with_the_sentence_that_is_said_after
     }
 
 
-@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"use_mmap": False}, 2)])
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [({"fast": False}, 1), ({}, 2), ({"use_mmap": False}, 3)],
+)
 def test_loading_tells_how_far_it_has_come(tiny, options, passes):
-    """Bytes of all weights: as they are mapped, and once more if they are read in."""
+    """Bytes of all weights: as they are mapped, as they are read in, as parts are replaced."""
     size = passes * sum(info.nbytes for info in open_gguf(tiny).tensors.values())
     told: list[tuple[int, int]] = []
     refollama.load(tiny, options, told=lambda *at: told.append(at)).close()
     done = [at for at, _ in told]
-    assert done == sorted(done) and done[0] == 0 and len(told) > 20 * passes
+    assert done == sorted(done) and done[0] == 0 and len(told) > 15 * passes
     assert {total for _, total in told} == {size}
     assert done[-1] == size and done.count(size) == 1
 
@@ -393,7 +397,8 @@ def test_likely_tokens_are_named_by_text_or_id(llm):
     assert [each.id for each in one.named] == [he, 5] and one.top == ()
     assert [each.logprob for each in one.named] == pytest.approx(likely[[he, 5]].tolist(), abs=1e-4)
     (alone,) = llm.generate("the", exact, logprobs="he").record.logprobs
-    assert alone.named == one.named[:1]
+    assert alone.named[0].id == he
+    assert alone.named[0].logprob == pytest.approx(one.named[0].logprob, abs=1e-4)
     for wrong in ("hehe", "", "é", len(TOKENS), -1):
         with pytest.raises(BadRequest, match="is not one token|not in the vocabulary"):
             llm.generate("the", exact, logprobs=[wrong])

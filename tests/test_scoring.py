@@ -7,6 +7,7 @@ import torch
 import refollama
 from refollama.errors import BadRequest, PromptTooLong
 from tests import oracle_llama
+from tests.exactness import same
 from tests.tiny import TOKENS
 
 TEXT = "the rest is on the sand and then"
@@ -40,7 +41,7 @@ def test_a_long_text_is_scored_in_parts_that_do_not_show(llm, monkeypatch):
     whole = llm.score(TEXT), llm.logits(llm.tokens(TEXT)), llm.hidden(llm.tokens(TEXT), 1)
     monkeypatch.setattr("refollama.loaded.AT_ONCE", 3)
     parts = llm.score(TEXT), llm.logits(llm.tokens(TEXT)), llm.hidden(llm.tokens(TEXT), 1)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 @pytest.mark.parametrize("text", ["", []])
@@ -52,8 +53,8 @@ def test_a_span_of_logits_is_cut_from_all_of_them(llm):
     ids = llm.tokens(TEXT)
     every = llm.logits(ids)
     assert every.shape == (len(ids), len(TOKENS))
-    assert torch.equal(llm.logits(ids, 2, 5), every[2:5])
-    assert torch.equal(llm.logits(ids, -1), every[-1:])
+    assert same(llm.logits(ids, 2, 5), every[2:5])
+    assert same(llm.logits(ids, -1), every[-1:])
 
 
 def test_hidden_states_layer_by_layer(llm):

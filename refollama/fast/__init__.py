@@ -7,9 +7,11 @@
                          all others                 ── unpacked some rows at a time (slabs.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
-for itself. Long prompts are read in slabs, as exactly as on the plain path.
+for itself. Long prompts are read in slabs, as exactly as on the plain path; and so is everything
+that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 """
 
 from refollama.fast.choice import hasten, more_bytes
+from refollama.fast.prepared import exactly
 
-__all__ = ["hasten", "more_bytes"]
+__all__ = ["exactly", "hasten", "more_bytes"]

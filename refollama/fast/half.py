@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.prepared import Made, PreparedLinear, may_round
 from refollama.fast.slabs import SLAB, by_slabs
 from refollama.models.layers import Linear
 
@@ -43,7 +43,7 @@ class HalfLinear(PreparedLinear):
         return (matrix,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > FEW[self.dtype] * x.shape[-1]:
+        if not may_round(x, FEW[self.dtype]):
             return by_slabs(self, x)
         (matrix,) = self.prepared()
         few = x.to(self.dtype).contiguous()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.prepared import Made, PreparedLinear, may_round
 from refollama.fast.slabs import SLAB, by_slabs
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
@@ -75,7 +75,7 @@ class Int4Linear(PreparedLinear):
         return [torch.cat(parts, dim % 2) for dim, parts in enumerate(zip(*slabs, strict=True))]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > FEW * x.shape[-1]:
+        if not may_round(x, FEW):
             return by_slabs(self, x)
         flat = x.reshape(-1, x.shape[-1]).bfloat16()
         made = self.prepared()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,22 @@ from torch import Tensor
 from refollama.models.layers import Linear
 
 Made = Sequence[Tensor]
+_wanted_exact: ContextVar[bool] = ContextVar("exactly", default=False)
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """What is computed in here, by this thread, is not rounded, however few tokens it is."""
+    before = _wanted_exact.set(True)
+    try:
+        yield
+    finally:
+        _wanted_exact.reset(before)
+
+
+def may_round(x: Tensor, most: int) -> bool:
+    """Are these so few tokens, at most so many, that a rounded product is sooner done?"""
+    return x.numel() <= most * x.shape[-1] and not _wanted_exact.get()
 
 
 class PreparedLinear(Linear):

@@ -177,6 +177,27 @@ def test_parts_with_branches_stay_as_they_are(tmp_path):
     assert type(net.blk[1].attn_q) is not Linear
 
 
+@pytest.mark.parametrize("packed", ["Q4_0", "F16"])
+def test_where_numbers_are_asked_for_nothing_is_rounded(tmp_path, packed):
+    """`logits`, `hidden`, `score` and `embed` of a large net: those of the plain path."""
+    path = write_model(tmp_path / "m.gguf", type=packed)
+    plain, fast = (refollama.load(path, {"fast": fast}) for fast in (False, True))
+    ids = some_tokens(5).tolist()
+    kinds = {type(part) for part in fast.net.modules()}
+    assert kinds & {Int4Linear, HalfLinear}
+    for ask in (
+        lambda llm: llm.logits(ids),
+        lambda llm: llm.score(ids),
+        lambda llm: llm.embed("a"),
+    ):
+        torch.testing.assert_close(ask(fast), ask(plain), atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        rounded, exact = (all_logits(llm.net, ids) for llm in (fast, plain))
+    assert (rounded - exact).abs().max() > 1e-5
+    plain.close()
+    fast.close()
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_option_decides(tmp_path, fast, measured):
     path = write_model(tmp_path / "m.gguf", type="Q8_0")
