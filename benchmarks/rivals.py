@@ -82,17 +82,20 @@ def measured(
     with ExitStack() as loaded:
         rates = {name: loaded.enter_context(runner(path)) for name, runner in runners.items()}
         for seed in range(repeat + 1):
-            for name, rate_of in rates.items():
+            turn = seed % len(rates)  # nobody always comes after the same one
+            for name, rate_of in [*rates.items()][turn:] + [*rates.items()][:turn]:
                 for test, (count, at_once) in TESTS.items():
                     found[test].setdefault(name, []).append(rate_of(count, at_once, seed))
-    return {t: {name: some[1:] for name, some in all.items()} for t, all in found.items()}
+    return {test: {name: some[1:] for name, some in rows.items()} for test, rows in found.items()}
 
 
 @contextmanager
 def here(path: Path, *, fast: bool = True) -> Iterator[Rate]:
     llm = refollama.load(path, {"fast": fast})
-    yield lambda count, at_once, seed: rate(llm.net, 0, count, at_once, seed)
-    llm.close()
+    try:
+        yield lambda count, at_once, seed: rate(llm.net, 0, count, at_once, seed)
+    finally:
+        llm.close()
 
 
 def llama_cpp() -> Runner | None:
@@ -124,8 +127,10 @@ def llama_cpp() -> Runner | None:
                 llm.eval(ids[first : first + at_once])
             return count / (perf_counter() - start)
 
-        yield rate_of
-        llm.close()
+        try:
+            yield rate_of
+        finally:
+            llm.close()
 
     return there
 

@@ -525,7 +525,7 @@ class LoadedModel:
             torch.float16 if wanted.f16_kv else torch.float32,
             CPU if wanted.low_vram else None,
         )
-        return Engine(net, cache, self._marks())
+        return Engine(net, cache, self._marks(), reading=exactly)
 
     def _marks(self) -> Marks:
         """BOS ends an answer, too: where a model draws it, another text would begin."""

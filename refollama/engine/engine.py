@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 import torch
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MAX_QUEUE = 512  # requests that may wait, as in Ollama
 AT_ONCE = 512  # tokens of a prompt in one step: scores take memory for each pair of tokens
 THREADS = torch.get_num_threads()  # what torch chose, or was told, before any engine began
+Reading = Callable[[], contextlib.AbstractContextManager[None]]
 LOOK_AROUND = 0.5  # seconds between two looks at whether the reader is still there
 
 
@@ -51,7 +52,8 @@ class Engine:
     """Runs many sequences on one net.
 
     As many as the cache has slots run side by side, others wait. The cache is the
-    engine's own from now on.
+    engine's own from now on. reading: what surrounds each step that reads of a prompt; a net that
+    may round must not then, or an answer would depend on how its prompt was divided.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Engine:
         marks: Marks = NO_MARKS,
         *,
         max_queue: int = MAX_QUEUE,
+        reading: Reading = contextlib.nullcontext,
     ) -> None:
         self.net = net
         self.marks = marks
+        self._reading = reading
         self._cache = cache
         self._scheduler = Scheduler(cache.slots, max_queue)
         self._changed = threading.Condition()  # guards the scheduler; notified when work arrives
@@ -224,7 +228,8 @@ class Engine:
         starts = torch.tensor([seq.length for seq in step])
         positions = starts[:, None] + torch.arange(width)  # (B, T)
         slots = [seq.slot for seq in step if seq.slot is not None]
-        with threads(max(seq.options.num_thread for seq in step)):
+        reading = self._reading() if step[0].reading else contextlib.nullcontext()
+        with threads(max(seq.options.num_thread for seq in step)), reading:
             logits = self.net(
                 torch.tensor(tokens, device=self.net.device),
                 positions.to(self.net.device),

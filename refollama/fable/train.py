@@ -313,13 +313,15 @@ def about(name: str) -> dict[str, Any]:
 @contextmanager
 def _same_order(*, strict: bool) -> Iterator[None]:
     """Threads add up the gradients of an embedding in any order, unless they are told not to."""
-    before = torch.are_deterministic_algorithms_enabled()
+    memory = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=not strict)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
 def rate_at(step: int, progress: float) -> float:

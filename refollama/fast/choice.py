@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -16,21 +21,30 @@ from refollama.models.meter import Count, unheard
 from refollama.weights.quants import Layout
 
 SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
+FOR_COPIES = 0.5  # of the memory that is available
+MEMINFO = Path("/proc/meminfo")
+
+log = logging.getLogger(__name__)
 
 
 def hasten(net: Llama, count: Count = unheard) -> None:
     """Replace the matrices of a net by parts that are as good, and sooner done.
 
-    On a GPU, beside branches (LoRA), and among experts everything stays as it is.
+    On a GPU, beside branches (LoRA), and among experts everything stays as it is. What would have
+    to be copied, and finds no room, is unpacked slab by slab.
     count: is told the bytes of each matrix that is done.
     """
     plain = {name: part for name, part in net.named_modules() if _can_be_replaced(part)}
     small = sum(map(unpacked_bytes, plain.values())) <= SMALL
+    left = FOR_COPIES * available()
     for name, part in plain.items():
         owner, _, child = name.rpartition(".")
-        faster = KeptLinear(part) if small else _by_type(part)
+        left -= 0 if small else copied_bytes(part)
+        faster = KeptLinear(part) if small else _by_type(part) if left >= 0 else SlabLinear(part)
         setattr(net.get_submodule(owner), child, faster.train(part.training))
         count(part.weight.nbytes)
+    if left < 0:
+        log.warning("answers are slower than they could be: there is not enough memory for copies")
 
 
 def _can_be_replaced(part: nn.Module) -> bool:
@@ -50,6 +64,24 @@ def _by_type(part: Linear) -> Linear:
 def _ready(part: PreparedLinear) -> PreparedLinear:
     part.prepared()
     return part
+
+
+def available() -> float:
+    """Bytes of main memory that may be had without swapping; ∞ where the system does not say."""
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text())
+    except OSError:
+        return math.inf
+    return int(found[1]) * 1024 if found else math.inf
+
+
+def copied_bytes(part: Linear) -> float:
+    """What `_by_type` will copy: nibbles take 5 bits for each weight, two of them 10."""
+    kind = type_of(part)
+    bits = 16 if kind in COPIED else 0
+    if kind in LINES and len(part.weight) % ROWS == 0:
+        bits = 5 if LINES[kind][1] == 4 else 10
+    return unpacked_bytes(part) / torch.float32.itemsize * bits / 8
 
 
 def more_bytes(net: nn.Module) -> int:

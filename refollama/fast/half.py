@@ -1,24 +1,24 @@
 """16 bits: matrices that torch multiplies as they are, float16 and bfloat16.
 
 A file's F16 and BF16 are taken as they lie in it. Q6_K, whose groups of 16 are too short for
-`nibbles`, is copied: its values rounded to float16, one in 2048 off at most.
+`nibbles`, is copied: its values rounded to float16, by one in 2048 at most where they are larger
+than 6e-5, and by 3e-8 below.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import Made, PreparedLinear, may_round
+from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
 from refollama.fast.slabs import SLAB, by_slabs
 from refollama.models.layers import Linear
 
 NATIVE = {"F16": torch.float16, "BF16": torch.bfloat16}
 COPIED = {"Q6_K": torch.float16}
-# Tokens; a longer prompt is read exactly. In bfloat16 torch rounds a token that stands beside
-# others in another way than one that stands alone.
-FEW = {torch.float16: 16, torch.bfloat16: 1}
 
 
 class HalfLinear(PreparedLinear):
@@ -34,20 +34,24 @@ class HalfLinear(PreparedLinear):
         if self.kind in NATIVE:
             return (self.weight.view(self.dtype),)
         width = self.unpack(self.weight[:1]).shape[-1]
-        matrix = torch.empty(len(self.weight), width, dtype=self.dtype)
+        matrix = self.weight.new_empty(len(self.weight), width, dtype=self.dtype)
         rows = max(1, SLAB // width)
-        for some, place in zip(
-            torch.split(self.weight, rows), torch.split(matrix, rows), strict=True
-        ):
+        slabs = (torch.split(one, rows) for one in (self.weight, matrix))
+        for some, place in zip(*slabs, strict=True):
             place.copy_(self.unpack(some))
         return (matrix,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_round(x, FEW[self.dtype]):
+        if not may_round(x):
             return by_slabs(self, x)
         (matrix,) = self.prepared()
-        few = x.to(self.dtype).contiguous()
-        if not few.isfinite().all():  # what float16 cannot hold, float32 can
+        times = functional.linear if self.dtype is torch.float16 else _one_by_one
+        y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))
+        if not y.isfinite().all():  # what float16 cannot hold, float32 can
             return by_slabs(self, x)
-        y = functional.linear(few, matrix).float()
-        return y if self.bias is None else y + self.bias
+        return y.float() if self.bias is None else y.float() + self.bias
+
+
+def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
+    """In bfloat16 torch adds in another order where several rows stand together."""
+    return torch.cat([functional.linear(row, weight) for row in torch.split(x, 1)])

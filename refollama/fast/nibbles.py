@@ -4,17 +4,19 @@
                                                    q of 8 bits ── two: 16 · step · high + step · low
 
 torch's routine takes (q − 8) · scale + zero, with scale, zero and the tokens in bfloat16. So a
-product is off by some 0.3 %, about half of what llama.cpp's is, which rounds tokens to 8 bits.
+product of values that lie around zero is off by some 0.3 %, about half of what llama.cpp's is,
+which rounds tokens to 8 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, PreparedLinear, may_round
+from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
 from refollama.fast.slabs import SLAB, by_slabs
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
@@ -23,7 +25,6 @@ from refollama.weights.quants import LAYOUTS, scales_and_minima
 
 GROUP = 32  # columns that share a scale
 ROWS = 64  # of a matrix: torch lays so many side by side
-FEW = 16  # tokens; a longer prompt is read exactly
 Line = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -75,14 +76,13 @@ class Int4Linear(PreparedLinear):
         return [torch.cat(parts, dim % 2) for dim, parts in enumerate(zip(*slabs, strict=True))]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_round(x, FEW):
+        if not may_round(x):
             return by_slabs(self, x)
-        flat = x.reshape(-1, x.shape[-1]).bfloat16()
         made = self.prepared()
-        y = _times(flat, *made[:2])
+        few = x.bfloat16()
+        y = in_parts(few, len(self.weight), partial(_times, q=made[0], scales=made[1]))
         if len(made) > 2:
-            y = y + _times(flat, *made[2:])
-        y = y.view(*x.shape[:-1], -1)
+            y = y + in_parts(few, len(self.weight), partial(_times, q=made[2], scales=made[3]))
         return y if self.bias is None else y + self.bias
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from refollama.models.layers import Linear
 
 Made = Sequence[Tensor]
+FEW = 16  # tokens; of more, unpacking is a small part of the work, and nothing need be rounded
 _wanted_exact: ContextVar[bool] = ContextVar("exactly", default=False)
 
 
@@ -26,9 +27,23 @@ def exactly() -> Iterator[None]:
         _wanted_exact.reset(before)
 
 
-def may_round(x: Tensor, most: int) -> bool:
-    """Are these so few tokens, at most so many, that a rounded product is sooner done?"""
-    return x.numel() <= most * x.shape[-1] and not _wanted_exact.get()
+def may_round(x: Tensor) -> bool:
+    """Are these few tokens of each row, in a place where a rounded product will do?
+
+    (B, T, in), or (B, in) where T is 1. Nobody can go backwards through a rounded product.
+    """
+    few = x.dim() < 3 or x.shape[-2] <= FEW
+    return few and not _wanted_exact.get() and not x.requires_grad and x.device.type == "cpu"
+
+
+def in_parts(x: Tensor, width: int, times: Callable[[Tensor], Tensor]) -> Tensor:
+    """times(x), some rows at a time, so that each is computed alike beside however many others.
+
+    (…, in) → (…, width)
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [times(some) for some in torch.split(flat, FEW)]
+    return torch.cat(parts).view(*x.shape[:-1], width)
 
 
 class PreparedLinear(Linear):
