@@ -273,7 +273,7 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=5600, rows=24, rate=6e-3)
+    usual = Plan(steps=7500, rows=24, rate=6e-3)
     calm = 0.3
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
