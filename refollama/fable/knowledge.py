@@ -399,8 +399,8 @@ def unknown(rng: Random) -> Exchange:
 
 Lesson = Callable[[Random], Exchange]
 LESSONS: Mapping[Lesson, int] = {  # how often each comes, by weight
-    sums: 9,
-    counting: 3,
+    sums: 12,
+    counting: 5,
     opposites: 3,
     families: 2,
     days: 2,

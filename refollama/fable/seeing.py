@@ -278,26 +278,31 @@ def _yes(right: bool) -> str:
     return "yes" if right else "no"
 
 
-SIDES: Mapping[str, Callable[[Thing, Thing], int]] = {
-    "to the left of": lambda x, y: y.column - x.column,
-    "to the right of": lambda x, y: x.column - y.column,
-    "left of": lambda x, y: y.column - x.column,
-    "right of": lambda x, y: x.column - y.column,
-    "above": lambda x, y: y.row - x.row,
-    "below": lambda x, y: x.row - y.row,
-    "under": lambda x, y: x.row - y.row,
+COLUMNS = ("on the left", "in the middle", "on the right")
+ROWS = ("at the top", "in the middle", "at the bottom")
+LEFT, RIGHT, ABOVE, BELOW = ("column", -1), ("column", 1), ("row", -1), ("row", 1)
+SIDES: Mapping[str, tuple[str, int]] = {  # which number of a place counts, and whether it is less
+    "to the left of": LEFT,
+    "to the right of": RIGHT,
+    "left of": LEFT,
+    "right of": RIGHT,
+    "above": ABOVE,
+    "below": BELOW,
+    "under": BELOW,
 }
 
 
 def beside(rng: Random, one: Drawing) -> Exchange | None:
-    """Which side one is of the other, where they are not in one line."""
+    """Which side one is of the other, where they are not in one line: only that line is told."""
     things, word = named(rng, one), rng.choice(list(SIDES))
-    pairs = [(x, y) for x in things for y in things if SIDES[word](x[1], y[1])]
+    number, sign = SIDES[word]
+    lines = {"column": COLUMNS, "row": ROWS}[number]
+    spots = [(name, getattr(thing, number)) for name, thing in things]
+    pairs = [(x, y) for x in spots for y in spots if x[1] != y[1]]
     if not pairs:
         return None
     (name, x), (other, y) = rng.choice(pairs)
-    yes = _yes(SIDES[word](x, y) > 0)
-    answer = f"{name} is {PLACES[x.place]} and {other} is {PLACES[y.place]}, so {yes}."
+    answer = f"{name} is {lines[x]} and {other} is {lines[y]}, so {_yes((x - y) * sign > 0)}."
     return _ask(rng, "beside", ("Is {x} {w} {y}?",), answer, x=name, y=other, w=word)
 
 
@@ -336,13 +341,13 @@ LESSONS: Mapping[Lesson, float] = {
     ground: 0.5,
     size: 1.5,
     many: 4,
-    where: 4,
-    at: 3,
+    where: 3,
+    at: 2.5,
     there: 1.5,
-    bigger: 6,
-    beside: 5,
-    more: 3,
-    same: 4,
+    bigger: 8,
+    beside: 9,
+    more: 5,
+    same: 6,
 }
 FIRST: Mapping[Lesson, float] = {**LESSONS, what: 12, closely: 6}  # what people ask first
 

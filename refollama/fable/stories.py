@@ -43,6 +43,11 @@ class Hero:
     virtue: str
 
     @property
+    def in_full(self) -> str:
+        """'Tim the fox': who it is comes first, so that what is asked for can be read off it."""
+        return f"{self.name} the {self.animal}"
+
+    @property
     def is_child(self) -> bool:
         return self.animal in PEOPLE
 
@@ -265,7 +270,8 @@ def colour_of(rng: Random, one: Hero, lesson: str) -> Exchange:
     if one.is_child:
         who += "'s coat"
     forms = ("What colour is {0}?", "What color is {0}?", "What colour was {0}?")
-    answer = f"{capital(who)} is {one.colour}."
+    has = f"has {a(one.colour)} coat" if one.is_child else f"is {one.colour}"
+    answer = f"{one.in_full} {has}."
     return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.colour))
 
 
@@ -277,7 +283,7 @@ def place_of(rng: Random, one: Hero, lesson: str) -> Exchange:
     """Where somebody lives."""
     who = rng.choice((one.name, f"the {one.animal}"))
     forms = ("Where does {0} live?", "Where did {0} live?", "Where is the home of {0}?")
-    answer = f"{capital(who)} lives {at(one.place)}."
+    answer = f"{one.in_full} lives {at(one.place)}."
     return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.place))
 
 
@@ -285,7 +291,7 @@ def ask_met(rng: Random, told: Story) -> Exchange:
     one, other = told.hero, told.friend
     who = rng.choice((one.name, f"the {one.animal}"))
     forms = ("Who did {0} meet?", "Whom did {0} meet?", "Who is the friend of {0}?")
-    answer = f"{capital(who)} met {other.name} the {other.animal}."
+    answer = f"{one.in_full} met {other.in_full}."
     return Exchange("story: friend", rng.choice(forms).format(who), answer, other.name)
 
 
@@ -347,18 +353,18 @@ def _last(words: str) -> str:
 
 
 def ask_whether(rng: Random, told: Story) -> Exchange:
-    """Yes or no: is he that, does he live there?"""
+    """Is he that, does he live there?  What was told comes first, then what follows from it."""
     one = told.hero
     if rng.random() < 0.5:
         other = rng.choice((one.animal, told.friend.animal, rng.choice(ANIMALS)))
         user, right = f"Is {one.name} {a(other)}?", other == one.animal
-        answer = f"{one.name} is {a(one.animal)}."
+        reason = f"{one.name} is {a(one.animal)}"
     else:
         other = rng.choice((one.place, rng.choice(list(PLACES))))
         user, right = f"Does {one.name} live {at(other)}?", other == one.place
-        answer = f"{one.name} lives {at(one.place)}."
-    word = "Yes" if right else "No"
-    return Exchange("story: whether", user, f"{word}, {answer}", word)
+        reason = f"{one.in_full} lives {at(one.place)}"
+    word = "yes" if right else "no"
+    return Exchange("story: whether", user, f"{reason}, so {word}.", capital(word))
 
 
 QUESTIONS = (
@@ -373,7 +379,7 @@ QUESTIONS = (
 LIVES = (
     "{N} is {a_kind} and lives {place}.",
     "{A_kind} called {N} lives {place}.",
-    "There is {a_kind} {place}. It is called {N}.",
+    "{Place} there is {a_kind}, called {N}.",
     "{Place} lives {a_kind} called {N}.",
 )
 
@@ -413,5 +419,5 @@ def about(rng: Random, one: Hero) -> Exchange:
     if kind == 3:
         user = rng.choice(("What animal is {0}?", "What is {0}?")).format(one.name)
         return Exchange("passage", user, f"{one.name} is {a(one.animal)}.", capital(one.animal))
-    answer = f"{one.name} the {one.animal} lives {at(one.place)}."
+    answer = f"{one.in_full} lives {at(one.place)}."
     return Exchange("passage", f"Who lives {at(one.place)}?", answer, one.name)

@@ -48,6 +48,7 @@ from refollama.weights.gguf import Typed, write_gguf
 FULL = 0.96  # of a batch that conversations fill on average
 WARM_UP = 50  # steps; the first gradients are the wildest
 FLOOR = 0.02  # of the peak: the rate at the very end
+SECOND_PEAK = 0.5
 CLIP = 1.0  # no step follows a gradient longer than this
 DECAY = 0.05  # of matrices, each step, times the rate
 BETAS = (0.9, 0.95)
@@ -185,6 +186,7 @@ class Training:
     usual = Plan()
     row = CONTEXT  # tokens
     temperature = 0.5  # it chooses freely then, so that two in a story have two names
+    again = 1.0  # the part of the way after which the rate rises once more; 1: never
     calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES, "null")
     spelled: Sequence[str] = tuple(names_of_nobody(1000))
@@ -215,7 +217,8 @@ class Training:
     def advance(self, progress: float) -> float:
         """One step, at this part of the way (0 to 1).  → its loss, in nats a token"""
         for group in chain.from_iterable(one.param_groups for one in self.optimizers):
-            group["lr"] = self.plan.rate * group["part"] * rate_at(self.step, progress)
+            now = rate_at(self.step, progress, self.again)
+            group["lr"] = self.plan.rate * group["part"] * now
         with _same_order(strict=self.device == "cpu"):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
                 surprise = self.surprise(self.step)
@@ -291,12 +294,13 @@ class Training:
         (folder / "Modelfile").write_text(text)
 
     def history(self) -> dict[str, Any]:
-        """How it went, for plots: the plan, minutes, mean losses of so many steps, marks."""
+        """How it went, for plots: the plan, minutes, threads, mean losses of so many steps, marks."""
         starts = range(0, len(self.losses), TOLD_EVERY)
         means = [mean(self.losses[start : start + TOLD_EVERY]) for start in starts]
         return {
             "plan": asdict(self.plan),
             "minutes": round(self.seconds / 60, 1),
+            "threads": torch.get_num_threads(),
             "every": TOLD_EVERY,
             "losses": [round(loss, 4) for loss in means],
             "marks": self.marks,
@@ -322,10 +326,18 @@ def _same_order(*, strict: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
-def rate_at(step: int, progress: float) -> float:
-    """The rate, as a part of its peak: up in a line, then down along half a cosine."""
-    down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return min(1.0, (step + 1) / WARM_UP) * down
+def rate_at(step: int, progress: float, again: float = 1.0) -> float:
+    """The rate, as a part of its peak: up in a line, then down along half a cosine.
+
+    again: the part of the way after which it goes down once more, from half of the peak. What was
+    not found in the first round, some way of comparing for one, often is in the second.
+    Source: Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts".
+    """
+    peak, way = 1.0, progress / again
+    if progress >= again:
+        peak, way = SECOND_PEAK, (progress - again) / max(1 - again, 1e-9)
+    down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(way, 1.0))) / 2
+    return min(1.0, (step + 1) / WARM_UP) * peak * down
 
 
 def _optimizers(net: Llama, rate: float, calm: float) -> tuple[torch.optim.Optimizer, ...]:

@@ -28,11 +28,14 @@ from refollama.fable.world import (
     FRUITS,
     NAMES,
     PLACES,
+    THINGS,
+    VIRTUES,
+    WEATHER,
 )
 from refollama.text.tokenizer import TokenType
 from refollama.weights.gguf import Typed, ValueType
 
-PIECES = 3072
+PIECES = 3328
 SAMPLE = 6_000  # conversations that are counted
 COPIED = 8  # times that each spelling of a word of the world is counted in any case
 RARE = 3  # what comes less often is no word of the world
@@ -42,6 +45,7 @@ SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end
 LETTERS = "".join(map(chr, range(33, 127)))
 
 WORLD = (*NAMES, *ANIMALS, *COLOURS, *PLACES, *CITIES, *DAYS, *FOODS, *FRUITS)
+WORLD += (*VIRTUES, *WEATHER, *THINGS)
 
 _WORD = re.compile(r"'s|'m| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]")
 SPACE = "\u2581"

@@ -14,6 +14,8 @@ PLACE = (
 )
 ROWS = {"top": 0, "bottom": 2}
 COLUMNS = {"left": 0, "right": 2}
+ACROSS = ("on the left", "in the middle", "on the right")
+DOWN = ("at the top", "in the middle", "at the bottom")
 
 
 def heard(description):
@@ -65,7 +67,9 @@ def _pair(things, ground, text):
     [word] = re.findall("left of|right of|above|below|under", text)
     ahead = {"left of": column < column2, "right of": column > column2, "above": row < row2}
     yes = _yes(ahead.get(word, row > row2))
-    return re.compile(rf"is {place} and the .* is {other[3]}, so {yes}\.$")
+    sideways = word in ("left of", "right of")
+    first, second = (ACROSS[column], ACROSS[column2]) if sideways else (DOWN[row], DOWN[row2])
+    return re.compile(rf"is {first} and the .* is {second}, so {yes}\.$")
 
 
 def _more(things, ground, text):
