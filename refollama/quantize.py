@@ -134,7 +134,7 @@ class Quantising:
         tensor, new = weights[change.name], LAYOUTS[TYPE_ID[change.new]]
         done, total = 0, 0.0
         for rows, columns in self._pieces(change, tensor):
-            packed, error = _repacked(tensor.layout, new, rows, columns)
+            packed, error = repacked(tensor.layout, new, rows, columns)
             yield packed.numpy()
             done, total = done + rows.shape[0] * change.columns, total + error
             told(done)
@@ -172,7 +172,7 @@ def _told_from(told: Heard, start: int, done: int) -> None:
     told(start + done)
 
 
-def _repacked(
+def repacked(
     old: Layout, new: Layout, rows: Tensor, columns: Tensor | None
 ) -> tuple[Tensor, float]:
     """Packed rows of the other type, and the sum of squared errors: NaN if any is not finite."""

@@ -347,8 +347,8 @@ def test_who_breaks_off_leaves_nothing(wide, tmp_path, monkeypatch, problem):
             raise problem
         return original(*arguments)
 
-    original = quantize._repacked
-    monkeypatch.setattr(quantize, "_repacked", breaks)
+    original = quantize.repacked
+    monkeypatch.setattr(quantize, "repacked", breaks)
     result = run(wide, tmp_path / "x.gguf", "Q4_0")
     assert result.exit_code == (130 if problem is KeyboardInterrupt else 1)
     assert list(tmp_path.iterdir()) == []

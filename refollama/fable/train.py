@@ -294,7 +294,7 @@ class Training:
         (folder / "Modelfile").write_text(text)
 
     def history(self) -> dict[str, Any]:
-        """How it went, for plots: the plan, minutes, threads, mean losses of so many steps, marks."""
+        """How it went, for plots: the plan, minutes, threads, mean losses, marks."""
         starts = range(0, len(self.losses), TOLD_EVERY)
         means = [mean(self.losses[start : start + TOLD_EVERY]) for start in starts]
         return {
