@@ -334,8 +334,8 @@ def rate_at(step: int, progress: float, again: float = 1.0) -> float:
     Source: Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts".
     """
     peak, way = 1.0, progress / again
-    if progress >= again:
-        peak, way = SECOND_PEAK, (progress - again) / max(1 - again, 1e-9)
+    if way >= 1 > again:
+        peak, way = SECOND_PEAK, (progress - again) / (1 - again)
     down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(way, 1.0))) / 2
     return min(1.0, (step + 1) / WARM_UP) * peak * down
 

@@ -62,6 +62,14 @@ def test_the_rate_rises_then_falls():
     assert rates[-1] < 0.03
 
 
+def test_the_rate_may_rise_once_more():
+    rates = [rate_at(step, step / 1000, again=0.6) for step in range(1001)]
+    assert rates[100:600] == sorted(rates[100:600], reverse=True)
+    assert rates[600] == pytest.approx(train.SECOND_PEAK)
+    assert rates[600:] == sorted(rates[600:], reverse=True)
+    assert max(rates[595:600]) < 0.03 > rates[-1]
+
+
 def test_the_help_says_what_the_options_do():
     text = parser().format_help()
     options = "--seed --minutes --resume --out --compile --bfloat16 --device --watch"

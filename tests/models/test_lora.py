@@ -10,6 +10,7 @@ from refollama.loaded import load_file
 from refollama.models.lora import LoraLinear, rescaled
 from refollama.options import Options
 from tests import adapters, oracle_llama
+from tests.exactness import same
 from tests.tiny import metadata, shapes, write_model
 
 LIMIT = 1e-3
@@ -131,7 +132,7 @@ def test_one_by_one_equals_all_at_once(tmp_path, base, rank):
             single = net(torch.tensor([[token]]), torch.tensor([[at]]), cache.rows([0], at + 1))
         places = torch.arange(len(TOKENS))[None]
         whole = net(torch.tensor([TOKENS]), places, cache.rows([1], len(TOKENS)))
-    assert torch.equal(single, whole)
+    assert same(single, whole)
 
 
 def test_other_scales_share_weights_and_hooks(tmp_path, base):
