@@ -273,8 +273,8 @@ class Seeing(Training):
     """A run of fable-vision."""
 
     name = "fable-vision"
-    usual = Plan(steps=10800, rows=24, rate=6e-3)
-    again = 0.68
+    usual = Plan(steps=9500, rows=24, rate=6e-3)
+    again = 0.77
     calm = 0.3
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
