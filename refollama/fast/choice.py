@@ -54,11 +54,17 @@ def _can_be_replaced(part: nn.Module) -> bool:
 def _by_type(part: Linear) -> Linear:
     """What has to be packed anew is packed now, not before somebody's first token."""
     kind = type_of(part)
-    if kind in LINES and len(part.weight) % ROWS == 0:
+    if _fits_nibbles(part, kind):
         return _ready(Int4Linear(part, kind))
     if kind in NATIVE or kind in COPIED:
         return _ready(HalfLinear(part, kind))
     return SlabLinear(part)
+
+
+def _fits_nibbles(part: Linear, kind: str) -> bool:
+    """torch has its routine for such processors only; elsewhere it goes number by number."""
+    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return vectors and kind in LINES and len(part.weight) % ROWS == 0
 
 
 def _ready(part: PreparedLinear) -> PreparedLinear:
@@ -79,7 +85,7 @@ def copied_bytes(part: Linear) -> float:
     """What `_by_type` will copy: nibbles take 5 bits for each weight, two of them 10."""
     kind = type_of(part)
     bits = 16 if kind in COPIED else 0
-    if kind in LINES and len(part.weight) % ROWS == 0:
+    if _fits_nibbles(part, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
     return unpacked_bytes(part) / torch.float32.itemsize * bits / 8
 

@@ -25,6 +25,10 @@ from tests.models.test_llama import all_logits, some_tokens
 from tests.tiny import write_model
 
 ROUNDED = 0.006  # of a product, relative: half of what bfloat16 keeps, of several numbers
+nibbles = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="torch multiplies nibbles on processors with AVX2",
+)
 KINDS = {**dict.fromkeys(LINES, Int4Linear), **dict.fromkeys(NATIVE | COPIED, HalfLinear)}
 
 
@@ -61,6 +65,7 @@ def tokens(count, columns=512):
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(count))
 
 
+@nibbles
 @pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_few_tokens_are_multiplied_as_well_as_rounding_allows(type, count, measured):
@@ -108,6 +113,13 @@ def test_a_height_that_torch_cannot_lay_goes_in_slabs():
     assert isinstance(replaced(part("Q4_0", rows=96)), SlabLinear)
 
 
+def test_without_vector_instructions_there_are_no_nibbles(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert isinstance(replaced(part("Q4_0")), SlabLinear)
+    assert copied_bytes(part("Q4_0")) == 0
+
+
+@nibbles
 @pytest.mark.parametrize("type", LINES)
 def test_slabs_of_nibbles_are_those_of_the_whole(monkeypatch, type):
     plain = part(type, rows=320)
@@ -181,6 +193,7 @@ def test_one_can_go_backwards_through_a_large_net(type):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@nibbles
 @pytest.mark.parametrize(("free", "kind"), [(10**9, Int4Linear), (10**4, SlabLinear)])
 def test_copies_are_made_where_there_is_room(tmp_path, monkeypatch, caplog, free, kind):
     (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {free // 1024} kB\n")
@@ -191,6 +204,7 @@ def test_copies_are_made_where_there_is_room(tmp_path, monkeypatch, caplog, free
     assert type(replaced(part("Q8_0"))) is Int4Linear
 
 
+@nibbles
 @pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
 def test_the_bytes_of_copies_are_known_before(type):
     plain = part(type)
@@ -225,6 +239,7 @@ def test_parts_with_branches_stay_as_they_are(tmp_path):
     assert type(net.blk[1].attn_q) is not Linear
 
 
+@nibbles
 @pytest.mark.parametrize("packed", ["Q4_0", "F16"])
 def test_where_numbers_are_asked_for_nothing_is_rounded(tmp_path, packed):
     """`logits`, `hidden`, `score` and `embed` of a large net: those of the plain path."""
