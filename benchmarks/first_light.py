@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--types", nargs="+", default=["F32", "F16", "Q8_0", "Q4_0"])
     given = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
-    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads")
+    print(machine())
     print(f"{given.layers} layers, {given.width} wide; medians of {given.repeat} (least – most)\n")
     print("| type | file MB | load ms | first token ms | prefill tokens/s | decode tokens/s |")
     print("|---|---|---|---|---|---|")
@@ -47,6 +46,13 @@ def main() -> None:
             columns = " | ".join(spread(column) for column in zip(*rows, strict=True))
             print(f"| {kind} | {path.stat().st_size / 1e6:.0f} | {columns} |", flush=True)
     print(f"\npeak resident memory {psutil.Process().memory_info().rss / 1e6:.0f} MB at the end")
+
+
+def machine() -> str:
+    """What was measured on: processor, cores, torch and its threads."""
+    processor = platform.processor() or platform.machine()
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{processor}, {cores} cores, torch {torch.__version__} with {threads} threads"
 
 
 def measure(path: Path, seed: int) -> tuple[float, float, float, float]:

@@ -16,8 +16,6 @@ compared, as `refollama quantize` does it.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.first_light import spread, write_llama
+from benchmarks.first_light import machine, spread, write_llama
 from refollama.quantize import AT_ONCE, plan, repacked
 from refollama.weights import open_gguf
 from refollama.weights.blocks import TYPE_ID
@@ -49,8 +47,7 @@ def main() -> None:
         show_blocks(given.repeat)
         return
     rival = llama_cpp()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
-    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads")
+    print(machine())
     print("llama-cpp-python is not installed: no rival\n" if rival is None else "")
     print("| type | M weights/s | llama.cpp | times as fast |\n|---|---|---|---|")
     with TemporaryDirectory() as name:
@@ -65,9 +62,7 @@ def main() -> None:
 
 def show_blocks(repeat: int) -> None:
     """A row for each type of block that is not plain numbers."""
-    print(
-        f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
-    )
+    print(machine())
     print("\n| blocks | M weights/s |\n|---|---|")
     values = torch.randn(2048, COLUMNS, generator=torch.Generator().manual_seed(0)).half()
     rows = torch.split(values.view(torch.uint8), AT_ONCE * torch.get_num_threads() // COLUMNS)

@@ -12,8 +12,6 @@ are. The rival is the package llama-cpp-python, which may be missing.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -25,7 +23,7 @@ from time import perf_counter
 import torch
 
 import refollama
-from benchmarks.first_light import VOCABULARY, spread, write_llama
+from benchmarks.first_light import VOCABULARY, machine, spread, write_llama
 from refollama.bench import rate
 from refollama.quantize import plan
 from refollama.weights import open_gguf
@@ -50,8 +48,7 @@ def main() -> None:
         runners["plain path"] = partial(here, fast=False)
     if there := llama_cpp():
         runners["llama.cpp"] = there
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
-    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads")
+    print(machine())
     print(f"{given.layers} layers, {given.width} wide; medians of {given.repeat} (least – most)")
     print("" if there else "llama-cpp-python is not installed: no rival\n")
     print(f"| type | test | {' | '.join(runners)} | times llama.cpp |")
