@@ -11,7 +11,6 @@ without being counted, so that what is prepared on first use is ready.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -24,9 +23,9 @@ from refollama.errors import BadRequest
 from refollama.kvcache import KVCache
 from refollama.loaded import LoadedModel
 from refollama.models.llama import Llama
+from refollama.models.meter import Told, unheard
 
 READ, WRITE = 512, 128  # tokens, as llama-bench has it
-Told = Callable[[int, int], object]  # tests that are done, of so many
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class Speed:
         return min(self.rates), max(self.rates)
 
 
-def _unheard(done: int, total: int) -> None:
-    pass
-
-
 def bench(
     llm: LoadedModel,
     read: int | None = None,
@@ -57,12 +52,13 @@ def bench(
     *,
     depth: int = 0,
     repeat: int = 5,
-    told: Told = _unheard,
+    told: Told = unheard,
 ) -> list[Speed]:
     """Both tests; one of 0 tokens is left out.
 
     read, write: tokens; None: 512 and 128, or as many as the model can look back on.
     depth: tokens that are in the cache before, over which each new one looks back.
+    told: is called with the tests that are done, and those that there are.
     Raises: BadRequest if the model cannot look back on so many.
     """
     net = CacheKind.of(llm.defaults, llm.net).turned(llm.net)
