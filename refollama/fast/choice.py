@@ -14,7 +14,7 @@ from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import PreparedLinear
-from refollama.fast.slabs import SlabLinear
+from refollama.fast.slabs import SlabLinear, columns
 from refollama.models.layers import Linear
 from refollama.models.llama import Llama
 from refollama.models.meter import Count, unheard
@@ -87,7 +87,7 @@ def copied_bytes(part: Linear) -> float:
     bits = 16 if kind in COPIED else 0
     if _fits_nibbles(part, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
-    return unpacked_bytes(part) / torch.float32.itemsize * bits / 8
+    return len(part.weight) * columns(part) * bits / 8
 
 
 def more_bytes(net: nn.Module) -> int:
@@ -102,6 +102,6 @@ def type_of(part: Linear) -> str:
 
 
 def unpacked_bytes(part: nn.Module) -> int:
-    """What a matrix takes as float32; its first row tells how wide it is."""
+    """What a matrix takes as float32."""
     assert isinstance(part, Linear)
-    return len(part.weight) * part.unpack(part.weight[:1]).numel() * torch.float32.itemsize
+    return len(part.weight) * columns(part) * torch.float32.itemsize

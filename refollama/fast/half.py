@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
-from refollama.fast.slabs import SLAB, by_slabs
+from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 
 NATIVE = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,7 +33,7 @@ class HalfLinear(PreparedLinear):
         """The matrix: (out, in)"""
         if self.kind in NATIVE:
             return (self.weight.view(self.dtype),)
-        width = self.unpack(self.weight[:1]).shape[-1]
+        width = columns(self)
         matrix = self.weight.new_empty(len(self.weight), width, dtype=self.dtype)
         rows = max(1, SLAB // width)
         slabs = (torch.split(one, rows) for one in (self.weight, matrix))

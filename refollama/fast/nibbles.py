@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
-from refollama.fast.slabs import SLAB, by_slabs
+from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.fields import half
@@ -70,7 +70,7 @@ class Int4Linear(PreparedLinear):
 
     def prepare(self) -> Made:
         """q and scales of the matrix, or of two whose products add up; shapes as in `_laid`."""
-        width = self.unpack(self.weight[:1]).shape[-1]
+        width = columns(self)
         rows = max(1, SLAB // width // ROWS) * ROWS
         slabs = [_nibbles(some, self.kind) for some in torch.split(self.weight, rows)]
         return [torch.cat(parts, dim % 2) for dim, parts in enumerate(zip(*slabs, strict=True))]

@@ -18,6 +18,11 @@ from refollama.models.layers import Linear
 SLAB = 1 << 20  # weights: four megabytes of float32
 
 
+def columns(part: Linear) -> int:
+    """How wide its matrix is: what its first row unpacks to."""
+    return part.unpack(part.weight[:1]).shape[-1]
+
+
 def by_slabs(part: Linear, x: Tensor) -> Tensor:
     """What the plain path computes: (…, in) → (…, out)
 
