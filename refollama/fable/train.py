@@ -189,7 +189,7 @@ class Training:
     again = 1.0  # the part of the way after which the rate rises once more; 1: never
     calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES, "null")
-    spelled: Sequence[str] = tuple(names_of_nobody(1000))
+    spelled = 1000  # names of nobody, whose pieces are decisive
 
     def __init__(
         self, plan: Plan, *, compiled: bool = False, bfloat16: bool = False, device: str = "cpu"
@@ -199,7 +199,8 @@ class Training:
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
         self.optimizers = _optimizers(self.net, plan.rate, self.calm)
-        self.worth = worth(self.tokenizer, self.decisive, self.spelled).to(device)
+        names = names_of_nobody(self.spelled)
+        self.worth = worth(self.tokenizer, self.decisive, names).to(device)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []

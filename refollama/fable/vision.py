@@ -279,7 +279,7 @@ class Seeing(Training):
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
     decisive = DECISIVE
-    spelled = ()
+    spelled = 0
 
     def described(self) -> dict[str, Any]:
         """A vocabulary of its own: of what is asked about pictures."""
