@@ -293,7 +293,8 @@ def hero_values(told: stories.Story) -> dict[str, Any]:
     """What may be asked of a story."""
     one = told.hero
     found = {"name": one.name, "animal": one.animal, "colour": one.colour, "place": one.place}
-    return found | {"friend": told.friend.name, "weather": told.weather, "day": told.day}
+    found |= {"friend": told.friend.name, "food": told.food}
+    return found | {"weather": told.weather, "day": told.day}
 
 
 def object_of(

@@ -22,9 +22,11 @@ from refollama.fable.world import (
     NAMES,
     PEOPLE,
     PLACES,
+    TAME,
     THINGS,
     VIRTUES,
     WEATHER,
+    WILD,
     a,
     at,
 )
@@ -71,10 +73,12 @@ def hero(
     others: Sequence[Hero] = (),
     known: Container[str] = NOBODY,
     table: Sequence[str] = HEROES,
+    names: Sequence[str] = NAMES,
 ) -> Hero:
     """A hero with nothing in common with the others, of a combination kept out of training or not.
 
-    known: names and animals that the conversation has already; table: the animals to choose from.
+    known: names and animals that the conversation has already; table: the animals to choose from,
+    and names: theirs.
     """
 
     def free(what: str, words: Sequence[str]) -> Sequence[str]:
@@ -83,9 +87,22 @@ def hero(
 
     places, colours = free("place", list(PLACES)), free("colour", COLOURS)
     animal, place, colour = choose(rng, held, free("animal", table), places, colours)
-    names = {"girl": GIRLS, "boy": BOYS}.get(animal, NAMES)
+    names = {"girl": GIRLS, "boy": BOYS}.get(animal, names)
     name, virtue = rng.choice(free("name", names)), rng.choice(free("virtue", VIRTUES))
     return Hero(name, animal, colour, place, virtue)
+
+
+def friend(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) -> Hero:
+    """Whom a hero meets: one from the wild if the hero is at home among people, else one from
+    there; to a girl's name a boy's.
+
+    A small model that always says what is likeliest would call both the same, if any name were as
+    likely as any other.
+    """
+    child, names = ("boy", BOYS) if one.name in GIRLS else ("girl", GIRLS)
+    table = (*TAME, child) if one.animal in WILD else WILD
+    free = [animal for animal in table if animal not in known]
+    return hero(rng, held, [one], known, free or HEROES, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +123,7 @@ class Story:
 
 def story(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) -> Story:
     """A story about this hero."""
-    other = hero(rng, held, [one], known)
+    other = friend(rng, held, one, known)
     plot = rng.choice(list(PLOTS))
     spare = [c for c in COLOURS if c not in (one.colour, other.colour)]
     words = {

@@ -19,10 +19,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -57,6 +57,8 @@ DECISIVE = 8.0  # what a name or a number counts for, beside other words
 TOLD_EVERY = 20  # steps, of which the mean loss is kept
 HISTORY = "training.json"
 NO_TARGET = -100
+STORY = 60  # tokens: no other answer is so long
+NOTHING: Container[int] = ()
 Q8_0_FILE = 7  # `general.file_type`
 MODELFILE = (
     "FROM {file}\n"
@@ -81,18 +83,26 @@ class Plan:
 
 
 class Batch(NamedTuple):
-    """(rows, CONTEXT) each: tokens, the number of each token's conversation, what comes next.
+    """(rows, CONTEXT) each: tokens, the number of each token's conversation, what comes next, and
+    whether anything else would be as good.
 
-    Next is NO_TARGET wherever the user speaks: fable learns to answer, not to ask.
+    Next is NO_TARGET wherever the user speaks, but for decisive words that come again: fable
+    learns to answer, not to ask.
     """
 
     tokens: Tensor
     conversations: Tensor
     targets: Tensor
+    free: Tensor  # bool
 
 
-def batch(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Batch:
-    """The batch of this step: whole conversations, the longest placed first, where they fit."""
+def batch(
+    plan: Plan, tokenizer: SpmTokenizer, step: int, decisive: Container[int] = NOTHING
+) -> Batch:
+    """The batch of this step: whole conversations, the longest placed first, where they fit.
+
+    decisive: ids to be foretold from the user, too, where they come again.
+    """
     rows: list[list[list[int]]] = [[] for _ in range(plan.rows)]
     room = [CONTEXT] * plan.rows
     for ids in sorted(_conversations(plan, tokenizer, step), key=len, reverse=True):
@@ -102,7 +112,8 @@ def batch(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Batch:
         row = min(fits, key=lambda at: room[at])
         rows[row].append(ids)
         room[row] -= len(ids)
-    return Batch(*(torch.stack(part) for part in zip(*map(_row(tokenizer), rows), strict=True)))
+    as_row = _row(tokenizer, decisive)
+    return Batch(*(torch.stack(part) for part in zip(*map(as_row, rows), strict=True)))
 
 
 def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[list[int]]:
@@ -115,20 +126,25 @@ def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[l
             yield ids
 
 
-def _row(tokenizer: SpmTokenizer) -> Callable[[list[list[int]]], tuple[Tensor, Tensor, Tensor]]:
+def _row(
+    tokenizer: SpmTokenizer, decisive: Container[int]
+) -> Callable[[list[list[int]]], tuple[Tensor, ...]]:
     [begins] = tokenizer.encode(ASSISTANT, special=True)
 
-    def row(talks: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, numbers, targets = [], [], []
+    def row(talks: list[list[int]]) -> tuple[Tensor, ...]:
+        tokens, numbers, targets, free = [], [], [], []
         for number, ids in enumerate(talks):
+            told = answers(ids, begins, tokenizer.eos_ids)
             tokens += ids
             numbers += [number] * len(ids)
-            targets += answers(ids, begins, tokenizer.eos_ids)
+            targets += said_again(ids, told, decisive)
+            free += chosen(ids, told)
         empty = CONTEXT - len(tokens)
         return (
             torch.tensor(tokens + [0] * empty),
             torch.tensor(numbers + [-1] * empty),
             torch.tensor(targets + [NO_TARGET] * empty),
+            torch.tensor(free + [False] * empty),
         )
 
     return row
@@ -141,6 +157,34 @@ def answers(ids: list[int], begins: int, ends: frozenset[int]) -> list[int]:
         answering = id == begins or (answering and id not in ends)
         targets.append(following if answering else NO_TARGET)
     return targets
+
+
+def said_again(ids: list[int], targets: list[int], decisive: Container[int]) -> list[int]:
+    """The targets, with decisive tokens that come again in what the user says.
+
+    Whoever can tell which of some names comes next has looked for them, and will find them when
+    somebody asks: look-ups are learned a quarter sooner.
+    """
+    seen, found = set(), list(targets)
+    for at, (id, following) in enumerate(pairwise(ids)):
+        seen.add(id)
+        if found[at] == NO_TARGET and following in decisive and following in seen:
+            found[at] = following
+    return found
+
+
+def chosen(ids: list[int], targets: list[int]) -> list[bool]:
+    """Is a token one of a long answer, a story, that was not in the conversation before?
+
+    Names that a story brings are free; nothing is learned from which they are.
+    """
+    seen, found = set(), []
+    for asked, answer in groupby(zip(ids, targets, strict=True), lambda pair: pair[1] != NO_TARGET):
+        some = list(answer)
+        for id, target in some:
+            seen.add(id)
+            found.append(asked and len(some) >= STORY and target not in seen)
+    return found
 
 
 # ── learning ──────────────────────────────────────────────────────────────────────────────────
@@ -161,12 +205,12 @@ def worth(tokenizer: SpmTokenizer, decisive: Iterable[str], spelled: Iterable[st
     decisive ones are learned ten times slower. So do all pieces of words that have to be spelled.
     """
     found = torch.ones(tokenizer.vocab_size)
-    for form in chain.from_iterable(map(spellings, decisive)):
+    for form in chain(decisive, chain.from_iterable(map(spellings, decisive))):
         ids = tokenizer.encode(form)
         if len(ids) == 1:
             found[ids] = DECISIVE
-    for word in spelled:
-        found[tokenizer.encode(f" {word}")] = DECISIVE
+    for form in chain.from_iterable((word, f" {word}") for word in spelled):
+        found[tokenizer.encode(form)] = DECISIVE
     return found
 
 
@@ -201,6 +245,7 @@ class Training:
         self.optimizers = _optimizers(self.net, plan.rate, self.calm)
         names = names_of_nobody(self.spelled)
         self.worth = worth(self.tokenizer, self.decisive, names).to(device)
+        self.looked_up = frozenset((self.worth > 1).nonzero().flatten().tolist())
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
@@ -234,17 +279,17 @@ class Training:
 
     def surprise(self, step: int) -> Surprise:
         """The loss of a step's batch."""
-        return self.loss(batch(self.plan, self.tokenizer, step))
+        return self.loss(batch(self.plan, self.tokenizer, step, self.looked_up))
 
     def loss(self, given: Batch) -> Surprise:
         """How surprising the answers are; logits of nothing else are computed."""
-        tokens, conversations, targets = (part.to(self.device) for part in given)
+        tokens, conversations, targets, free = (part.to(self.device) for part in given)
         asked = targets != NO_TARGET
         hidden = self.read(self.net, tokens, conversations)[asked]  # (n, d_model)
         nats = functional.cross_entropy(
             self.net.output(hidden).float(), targets[asked], reduction="none"
         )
-        worth = self.worth[targets[asked]]
+        worth = self.worth[targets[asked]].masked_fill(free[asked], 1.0)
         return Surprise(nats.detach().mean(), (nats * worth).sum() / worth.sum())
 
     def save(self, path: Path) -> None:

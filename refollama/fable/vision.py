@@ -71,7 +71,7 @@ LOOKING, LOOKED_AT = 800, 32  # steps at the beginning, in which it names what i
 NAMING = 0.5  # what one nat there counts for, beside one of the answers
 POSITION_SPREAD = 0.3  # where a patch is should count beside what is in it
 
-LANGUAGE: Mapping[str, int] = {
+LANGUAGE: Mapping[str, int | float] = {
     "block_count": 4,
     "context_length": CONTEXT,
     "embedding_length": WIDTH,
@@ -79,6 +79,7 @@ LANGUAGE: Mapping[str, int] = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
     "rope.dimension_count": 32,
+    "rope.freq_base": 10_000.0,
 }
 TOWER: Mapping[str, int | float] = {
     "image_size": SIDE,
@@ -196,7 +197,8 @@ def views(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Views:
         row(viewing(plan.seed, step * 1_000_000 + index), tokenizer, drawings, length)
         for index in range(max(count, 1))
     ]
-    text = Batch(*(torch.stack(part) for part in zip(*rows, strict=True)))
+    tokens, numbers, targets = (torch.stack(part) for part in zip(*rows, strict=True))
+    text = Batch(tokens, numbers, targets, free=torch.zeros_like(targets, dtype=torch.bool))
     return Views(text, torch.from_numpy(stacked(drawings)), drawings)
 
 

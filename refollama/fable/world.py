@@ -30,6 +30,8 @@ ANIMALS = words(
     "mouse fox cat dog bear rabbit hedgehog frog owl duck horse cow pig sheep goat lion tiger "
     "elephant monkey squirrel turtle wolf bird hen dragon snail"
 )
+WILD = words("fox bear hedgehog frog owl lion tiger elephant monkey squirrel wolf dragon snail")
+TAME = tuple(animal for animal in ANIMALS if animal not in WILD)
 PETS = words("cat dog rabbit mouse horse turtle bird duck goat hen")
 PEOPLE = ("girl", "boy")
 

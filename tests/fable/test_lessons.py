@@ -11,7 +11,16 @@ from refollama.fable import facts
 from refollama.fable.knowledge import LESSONS
 from refollama.fable.lessons import LONGEST, STYLES, conversation
 from refollama.fable.vocabulary import written
-from refollama.fable.world import ANIMALS, COLOURS, PEOPLE, PLACES, kept_out
+from refollama.fable.world import (
+    ANIMALS,
+    COLOURS,
+    GIRLS,
+    NAMES,
+    PEOPLE,
+    PLACES,
+    WILD,
+    kept_out,
+)
 from tests.fable import reader
 
 DIGEST = "from refollama.fable.lessons import conversation as c; from refollama.fable.vocabulary \
@@ -62,6 +71,20 @@ def test_what_is_kept_out_is_never_shown_and_evaluation_shows_nothing_else(talks
     assert len(hidden) > 120
     assert not any(kept_out(*one) for one in shown)
     assert all(kept_out(*one) for one in hidden)
+
+
+def test_in_a_story_the_wild_meet_the_tame_and_girls_meet_boys(talks, held):
+    """So that what is likeliest for the friend is not what the hero is."""
+    told = [
+        turn.answer for talk in (*talks, *held) for turn in talk.turns if turn.lesson == "story"
+    ]
+    assert len(told) > 100
+    for text in told:
+        names = set(re.findall(rf"\b(?:{'|'.join(NAMES)})\b", text))
+        kinds = set(re.findall(rf"\b(?:{'|'.join(ANIMALS + PEOPLE)})\b", text))
+        assert len(names) == len(kinds) == 2
+        assert len(names & set(GIRLS)) == 1
+        assert len(kinds & set(WILD)) == 1
 
 
 def test_a_reader_of_the_conversation_finds_the_same_answer(talks, held):

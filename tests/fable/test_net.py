@@ -84,9 +84,9 @@ def test_a_seed_decides_the_first_weights():
 
 
 @torch.no_grad()
-def test_heads_begin_by_looking_at_what_is_alike_and_by_copying_it(learner):
+def test_heads_begin_by_looking_at_what_is_alike_and_by_copying_it(deep):
     """What a token asks with is most like its own key, and what it then adds most like itself."""
-    block = learner.blk[0]
+    block = deep.blk[3]
     x = torch.randn(200, block.config.d_model, generator=torch.Generator().manual_seed(2))
     D = block.config.d_head
     scores = block.attn_q(x)[:, :D] @ block.attn_k(x)[:, :D].T
@@ -94,6 +94,40 @@ def test_heads_begin_by_looking_at_what_is_alike_and_by_copying_it(learner):
     v = block.attn_v(x).view(200, -1, 1, D).expand(-1, -1, 2, -1).reshape(200, -1)
     likeness = torch.cosine_similarity(block.attn_output(v)[:, None], x[None], dim=2)
     assert likeness.diagonal().mean() > 2 * likeness.std()
+
+
+@pytest.fixture
+def deep():
+    """As many blocks, heads and directions as fable has."""
+    return new_net({"general.architecture": "llama", **sizes(), **tokenizer()}, 500, seed=3)
+
+
+@torch.no_grad()
+def test_the_first_blocks_begin_by_finding_what_followed_a_word(deep, monkeypatch):
+    """A list of words is read twice: where do the heads look the second time?"""
+    shares = []
+
+    def watched(q, k, v, veil):
+        k_of_each = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        shares.append((q @ k_of_each.mT * q.shape[3] ** -0.5 + veil[:, 0]).softmax(-1)[0])
+        return attend_in_chunks(q, k, v, veil)
+
+    monkeypatch.setattr(net, "attend_in_chunks", watched)
+    n = 80
+    once = torch.randperm(500, generator=torch.Generator().manual_seed(5))[:n]
+    twice = torch.cat((once, once))[None]
+    read(deep, twice, torch.zeros_like(twice))
+    now = torch.arange(n + 3, 2 * n)
+
+    def share(block, head, *looked_at):  # of its attention, on average
+        return sum(shares[block][head, now, there].mean().item() for there in looked_at)
+
+    assert share(0, 0, now - 1) > 0.7
+    assert share(0, 1, now - 2) > 0.7
+    for head, behind in enumerate((1, 1, 2, 2)):
+        assert share(1, head, now - n + behind) > 0.2  # by chance: 1/120
+    for head, before in enumerate((2, 2, 1, 1)):  # now, and when it was said first
+        assert share(2, head, now - before, now - n - before) > 0.1
 
 
 @pytest.mark.parametrize(("length", "queries"), [(1, 128), (128, 128), (300, 128), (20, 7)])

@@ -18,6 +18,7 @@ from refollama.fable.evaluate import cases
 from refollama.fable.net import CONTEXT, read, sizes, weights
 from refollama.fable.train import NO_TARGET, Plan, Training, batch, parser, rate_at
 from refollama.fable.vocabulary import ASSISTANT
+from refollama.fable.world import NAMES
 
 PLAN = Plan(rows=2, steps=8)
 
@@ -53,6 +54,31 @@ def test_answers_are_what_is_to_be_learned_and_their_ends(words):
         assert targets == expected
 
 
+def test_of_the_user_words_that_decide_are_foretold_where_they_come_again(words):
+    plain = batch(PLAN, words, 0)
+    names = frozenset(words.encode("".join(f" {name}" for name in NAMES)))
+    more = batch(PLAN, words, 0, names)
+    new = (more.targets != plain.targets).nonzero().tolist()
+    assert new
+    for row, at in new:
+        id, same = more.targets[row, at].item(), plain.conversations[row, at]
+        before = more.tokens[row, : at + 1][more.conversations[row, : at + 1] == same]
+        assert plain.targets[row, at] == NO_TARGET
+        assert id == more.tokens[row, at + 1] and id in names and id in before.tolist()
+
+
+def test_what_a_story_brings_is_free_and_what_it_says_again_is_not():
+    answer = [*range(100, 170), 100, 101]
+    ids = [7, 120, 8, *answer, 9, 5, 6]
+    targets = [NO_TARGET, NO_TARGET, *answer, 9, NO_TARGET, NO_TARGET, NO_TARGET]
+    free = train.chosen(ids, targets)
+    assert [id for id, is_free in zip(targets, free, strict=True) if is_free] == [
+        id for id in [*range(100, 170), 9] if id != 120
+    ]
+    short = [7, 120, 8, 100, 101, 9]
+    assert not any(train.chosen(short, [NO_TARGET, NO_TARGET, 100, 101, 9, NO_TARGET]))
+
+
 def test_the_rate_rises_then_falls():
     rates = [rate_at(step, step / 1000) for step in range(1001)]
     assert max(rates) > 0.9
@@ -78,15 +104,16 @@ def test_the_help_says_what_the_options_do():
 
 def test_decisive_words_count_for_more_in_every_spelling(words):
     found = train.worth(words, Training.decisive)
-    of = {text: found[words.encode(text)].tolist() for text in (" Lily", "Lily", " LILY", " 7")}
+    texts = (" Lily", "Lily", " LILY", " 7", "red")
+    of = {text: found[words.encode(text)].tolist() for text in texts}
     assert all(set(weights) == {train.DECISIVE} for weights in of.values())
     assert found[words.encode(" is called.")].tolist() == [1.0] * len(words.encode(" is called."))
 
 
 def test_what_is_spelled_counts_for_more_in_each_piece(words):
     found = train.worth(words, (), ["Droowilenka"])
-    ids = words.encode(" Droowilenka")
-    assert len(ids) > 1
+    ids = words.encode(" Droowilenka") + words.encode("Droowilenka")
+    assert len(ids) > 2
     assert found[ids].tolist() == [train.DECISIVE] * len(ids)
     assert found.sum() == len(found) + (train.DECISIVE - 1) * len(set(ids))
 
@@ -95,10 +122,10 @@ def test_what_is_spelled_counts_for_more_in_each_piece(words):
 def test_the_loss_is_a_mean_in_which_some_tokens_count_for_more(small):
     """Against a loop over tokens; what is told is the plain mean."""
     run = Training(PLAN)
-    tokens, conversations, targets = given = batch(PLAN, run.tokenizer, 0)
+    tokens, conversations, targets, free = given = batch(PLAN, run.tokenizer, 0, run.looked_up)
     logits = run.net.output(read(run.net, tokens, conversations)).log_softmax(-1)
     pairs = [
-        (-logits[row, at, id].item(), run.worth[id].item())
+        (-logits[row, at, id].item(), 1.0 if free[row, at] else run.worth[id].item())
         for row, ids in enumerate(targets.tolist())
         for at, id in enumerate(ids)
         if id != NO_TARGET
