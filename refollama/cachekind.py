@@ -47,6 +47,11 @@ class CacheKind(NamedTuple):
             n_ctx,
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return torch.float16 if self.f16_kv else torch.float32
+
     def turned(self, net: Llama) -> Llama:
         """The net in this form; its weights are shared."""
         turned = net.with_rope(self.rope_frequency_base, self.rope_frequency_scale, self.n_ctx)

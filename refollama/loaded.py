@@ -520,11 +520,7 @@ class LoadedModel:
         wanted = kind[0]
         assert isinstance(wanted, CacheKind)
         net = wanted.turned(self.net)
-        cache = net.new_cache(
-            self._slots,
-            torch.float16 if wanted.f16_kv else torch.float32,
-            CPU if wanted.low_vram else None,
-        )
+        cache = net.new_cache(self._slots, wanted.dtype, CPU if wanted.low_vram else None)
         return Engine(net, cache, self._marks(), reading=exactly)
 
     def _marks(self) -> Marks:

@@ -28,6 +28,7 @@ def home(tmp_path_factory, monkeypatch):
     place = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setenv("OLLAMA_MODELS", str(place / "models"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name in ("HOST", "ORIGINS", "NOPRUNE", "NUM_PARALLEL", "API_KEY", "CONTEXT_LENGTH"):
         monkeypatch.delenv(f"OLLAMA_{name}", raising=False)
     monkeypatch.delenv("OLLAMA_REGISTRY_HOST", raising=False)

@@ -5,6 +5,7 @@
                          4, 5, 8 bits, groups of 32 ── nibbles, multiplied as they lie (nibbles.py)
                          F16, BF16, Q6_K            ── 16 bits, multiplied as they lie (half.py)
                          all others                 ── unpacked some rows at a time (slabs.py)
+         blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
 for itself. Long prompts are read in slabs, as exactly as on the plain path; and so is everything
@@ -12,6 +13,7 @@ that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 """
 
 from refollama.fast.choice import hasten, more_bytes
+from refollama.fast.compiled import CompiledBlock, warm
 from refollama.fast.prepared import exactly
 
-__all__ = ["exactly", "hasten", "more_bytes"]
+__all__ = ["CompiledBlock", "exactly", "hasten", "more_bytes", "warm"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from refollama.fast.compiled import join
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 def hasten(net: Llama, count: Count = unheard) -> None:
-    """Replace the matrices of a net by parts that are as good, and sooner done.
+    """Replace the matrices of a net by parts that are as good, and sooner done; blocks as well, if
+    their like has been compiled.
 
     On a GPU, beside branches (LoRA), and among experts everything stays as it is. What would have
     to be copied, and finds no room, is unpacked slab by slab.
@@ -43,6 +45,7 @@ def hasten(net: Llama, count: Count = unheard) -> None:
         faster = KeptLinear(part) if small else _by_type(part) if left >= 0 else SlabLinear(part)
         setattr(net.get_submodule(owner), child, faster.train(part.training))
         count(part.weight.nbytes)
+    join(net)
     if left < 0:
         log.warning("answers are slower than they could be: there is not enough memory for copies")
 

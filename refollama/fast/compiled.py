@@ -1,0 +1,325 @@
+"""Blocks as routines of their own: compiled when somebody asks for it, kept on disk, shared.
+
+    refollama warm MODEL ── warm ── BlockStep, for each shape of block ── C++ ──► ~/.cache/refollama
+    any load afterwards ─── join ── blocks of that shape ── that routine, when one token is written
+
+Nothing is compiled while somebody waits for an answer, and without a compiler, or before `warm`,
+all goes on as it did. Prompts, gradients and whatever is done `with exactly():` take the blocks
+as they are; so does a block whose parts were replaced or hooked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from refollama.errors import RefollamaError
+from refollama.fast import step as source
+from refollama.fast.half import HalfLinear
+from refollama.fast.kept import KeptLinear
+from refollama.fast.nibbles import Int4Linear
+from refollama.fast.prepared import FEW, PreparedLinear, may_round
+from refollama.fast.slabs import columns
+from refollama.fast.step import KEPT, NIBBLES, PRODUCTS, BlockStep, Shape
+from refollama.kvcache import PIECE, Rows
+from refollama.models.llama import Block, Llama, Step
+from refollama.models.meter import Told, unheard
+
+Routine = Callable[[list[Tensor]], list[Tensor]]
+CACHES = (torch.float16, torch.float32)  # what keys and values may be kept as
+CPUINFO = Path("/proc/cpuinfo")
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+log = logging.getLogger(__name__)
+
+
+class CompiledBlock(Block):
+    """A block in place of another, with its parts, and with a routine for single tokens."""
+
+    def __init__(self, block: Block, shape: Shape, routines: dict[torch.dtype, Routine]) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.config, self.sizes = block.layer, block.config, block.sizes
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.shape, self.routines = shape, routines
+        self._parts = dict(block.named_children())  # that the routine stands for
+        self.train(block.training)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has no routine; it computes as the block that it was made of."""
+        return {**self.__dict__, "routines": {}}
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        routine = self._routine_for(x, step)
+        if routine is None:
+            return super().forward(x, step)
+        at_once = FEW if self.shape.at_once else 1
+        if len(x) <= at_once:
+            y = self._through(routine, x, step, slice(None))
+        else:
+            rows = range(0, len(x), at_once)
+            y = torch.cat([self._through(routine, x, step, slice(r, r + at_once)) for r in rows])
+        if self.shape.may_overflow and not y.isfinite().all():
+            return super().forward(x, step)  # what float16 cannot hold, float32 can
+        return y
+
+    def _routine_for(self, x: Tensor, step: Step) -> Routine | None:
+        if x.shape[1] != 1 or type(step.cache) is not Rows or not may_round(x) or not self._whole():
+            return None
+        return self.routines.get(step.cache.cache.keys[self.layer].dtype)
+
+    def _whole(self) -> bool:
+        """Are its parts those of the beginning, and does nobody listen to them?"""
+        everywhere = nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return False
+        return all(
+            self._modules[name] is part and not part._forward_hooks and not part._forward_pre_hooks
+            for name, part in self._parts.items()
+        )
+
+    def _through(self, routine: Routine, x: Tensor, step: Step, rows: slice) -> Tensor:
+        memory = step.cache.cache
+        [y] = routine(
+            [
+                x[rows, 0],
+                step.cos[rows, 0, 0],
+                step.sin[rows, 0, 0],
+                step.positions[rows, 0],
+                step.cache.slots[rows],
+                step.visible[rows, 0],
+                memory.keys[self.layer],
+                memory.values[self.layer],
+                *_weights(self),
+            ]
+        )
+        return y[:, None]
+
+
+def _weights(block: Block) -> Iterator[Tensor]:
+    """In the order of `BlockStep.forward`."""
+    yield from (block.attn_norm.weight, block.ffn_norm.weight)
+    for part in _products(block):
+        yield from part.prepared()
+
+
+def _products(block: Block) -> list[PreparedLinear]:
+    parts = [getattr(block, name) for name in PRODUCTS]
+    return [part for part in parts if isinstance(part, PreparedLinear)]
+
+
+# ── which blocks ──────────────────────────────────────────────────────────────────────────────
+
+
+def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
+    """What its routine depends on; None for a block that has none: experts, adapters, biases, a
+    GPU, and matrices that are unpacked slab by slab."""
+    if type(block) not in (Block, CompiledBlock):
+        return None
+    assert isinstance(block, Block)
+    parts, config = _products(block), block.config
+    if len(parts) < len(PRODUCTS) or any(part.bias is not None for part in parts):
+        return None
+    return Shape(
+        tuple((len(part.weight), columns(part)) for part in parts),
+        tuple(_kind(part) for part in parts),
+        tuple(len(part.prepared()) for part in parts),
+        block.sizes.n_kv_heads,
+        config.d_head,
+        config.d_value,
+        config.d_rotated,
+        config.norm_eps,
+        _name(dtype),
+    )
+
+
+def _kind(part: PreparedLinear) -> str:
+    kinds = {KeptLinear: KEPT, Int4Linear: NIBBLES}
+    return _name(part.dtype) if isinstance(part, HalfLinear) else kinds[type(part)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ── on disk ───────────────────────────────────────────────────────────────────────────────────
+
+
+def folder() -> Path:
+    """Where routines are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "refollama" / "blocks"
+
+
+def path_of(shape: Shape) -> Path:
+    """Of this shape, for this processor, by this torch and this code."""
+    return folder() / f"{_maker()}-{_digest(asdict(shape))}.pt2"
+
+
+@cache
+def _maker() -> str:
+    processor = platform.processor() or platform.machine()
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    code = Path(_file_of(source)).read_text()
+    return _digest([processor, torch.__version__, code])
+
+
+def _file_of(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return module.__file__
+
+
+def _digest(told: object) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _loaded(path: Path) -> Routine | None:
+    """The routine of a file; None if there is none that may be trusted and works."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
+        log.warning("%s is left alone: others than its user may write it", path)
+        return None
+    try:
+        # What torch's own reader of packages is built on; that takes two seconds to import.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except (RuntimeError, AttributeError) as problem:
+        log.warning("%s is no routine of a block: %s", path, str(problem).split("\n")[0])
+        return None
+    run: Routine = loader.run
+    return run
+
+
+def join(net: Llama) -> int:
+    """Let every block have its routine, if there is one.  → how many have"""
+    if not folder().is_dir():
+        return 0
+    count = 0
+    for index, block in enumerate(net.blk):
+        shape = shape_of(block)
+        if shape is None:
+            continue
+        shapes = {dtype: replace(shape, cache=_name(dtype)) for dtype in CACHES}
+        found = {dtype: _loaded(path_of(one)) for dtype, one in shapes.items()}
+        routines = {dtype: one for dtype, one in found.items() if one is not None}
+        if routines:
+            assert isinstance(block, Block)
+            net.blk[index] = CompiledBlock(block, shape, routines)
+            count += 1
+    return count
+
+
+# ── compiling ─────────────────────────────────────────────────────────────────────────────────
+
+
+def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> int:
+    """Compile what blocks of this net have no routine yet, and let them have it.
+
+    dtype: of the cache. told: is called with the shapes that are done, and those that there are.
+    What other versions have left is removed. → the blocks that have a routine now
+    Raises: RefollamaError without a compiler, or if it fails.
+    """
+    blocks = {shape: block for block in net.blk if (shape := shape_of(block, dtype)) is not None}
+    told(0, len(blocks))
+    for done, (shape, block) in enumerate(blocks.items()):
+        if not path_of(shape).exists():
+            assert isinstance(block, Block)
+            _compile(block, shape)
+            _loaded.cache_clear()
+        told(done + 1, len(blocks))
+    for old in folder().glob("*.pt2") if blocks else ():
+        if not old.name.startswith(_maker()):
+            old.unlink(missing_ok=True)
+    return join(net)
+
+
+def _compile(block: Block, shape: Shape) -> None:
+    """The file appears whole, or not at all."""
+    _check_compiler()
+    given, dynamic = _example(block, shape)
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder()) as scratch, _quietly(scratch):
+        try:
+            exported = torch.export.export(BlockStep(shape), given, dynamic_shapes=dynamic)
+            made = torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(Path(scratch) / "block.pt2"),
+                inductor_configs={"cpp.dynamic_threads": True},
+            )
+        except Exception as problem:  # a compiler says much; the log has all of it
+            log.debug("compiling failed", exc_info=True)
+            last = str(problem).strip().split("\n")[-1]
+            raise RefollamaError(f"a block could not be compiled: {last}") from problem
+        os.chmod(made, 0o600)
+        os.replace(made, path_of(shape))
+
+
+def _check_compiler() -> None:
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        raise RefollamaError(
+            "there is no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one "
+            "in the environment variable CXX"
+        ) from None
+
+
+def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Arguments for `BlockStep.forward`, and which of their sizes may be others."""
+    B, slots, room, dtype = 2, 3, 2 * PIECE, getattr(torch, shape.cache)
+    products = tuple(tuple(part.prepared()) for part in _products(block))
+    given = (
+        torch.randn(B, shape.sizes[0][1]),
+        *torch.randn(2, B, shape.d_rotated // 2),
+        torch.tensor([5, 9]),
+        torch.tensor([0, 2]),
+        torch.ones(B, PIECE, dtype=torch.bool),
+        torch.zeros(slots, shape.n_kv_heads, room, shape.d_head, dtype=dtype),
+        torch.zeros(slots, shape.n_kv_heads, room, shape.d_value, dtype=dtype),
+        block.attn_norm.weight,
+        block.ffn_norm.weight,
+        products,
+    )
+    few = torch.export.Dim("B", min=1, max=FEW)
+    seen, had, places = (torch.export.Dim(name, min=1) for name in ("S", "slots", "room"))
+    rows: tuple[object, ...] = ({0: few},) * 5
+    fixed = tuple(tuple(None for _ in made) for made in products)
+    memory = {0: had, 2: places}
+    return given, (*rows, {0: few, 1: seen}, memory, memory, None, None, fixed)
+
+
+@contextmanager
+def _quietly(scratch: str) -> Iterator[None]:
+    """What torch compiles on the way lies in this folder; its advice is for others."""
+    before = os.environ.get(INDUCTOR_CACHE)
+    os.environ[INDUCTOR_CACHE] = scratch
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(INDUCTOR_CACHE)
+        else:
+            os.environ[INDUCTOR_CACHE] = before

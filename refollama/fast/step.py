@@ -1,0 +1,122 @@
+"""One token of each sequence through a block, as one function of tensors: this is compiled.
+
+    x ── norm ── q k v ── rotate ── cache ── attend ──(+)── norm ── gate, up ── down ──(+)──►
+
+It computes what `Block.forward` does, where that is some fifty operations for so little work that
+most of the time passes between them. Weights come as they were prepared for products (`Made`), so
+all blocks of a shape share one routine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from refollama.fast.nibbles import GROUP
+from refollama.fast.prepared import Made
+from refollama.models.layers import rotate
+
+PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+KEPT, NIBBLES = "float32", "nibbles"  # kinds of products; the others are names of 16-bit types
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that decides the routine of a block, but for the processor and torch."""
+
+    sizes: tuple[tuple[int, ...], ...]  # (out, in) of each product
+    kinds: tuple[str, ...]  # of each product: KEPT, NIBBLES, "float16", "bfloat16"
+    tensors: tuple[int, ...]  # that each product is made with
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    d_rotated: int
+    eps: float
+    cache: str  # the type of keys and values: "float16", "float32"
+
+    @property
+    def at_once(self) -> bool:
+        """Are rows computed alike beside each other?  Else each goes alone."""
+        return not {KEPT, "bfloat16"} & set(self.kinds)
+
+    @property
+    def may_overflow(self) -> bool:
+        """Can a product be too large for what it is computed in?"""
+        return "float16" in self.kinds
+
+
+class BlockStep(nn.Module):
+    """The block of a shape.
+
+    Shapes: x (B, d_model); cos, sin (B, R/2); positions, slots (B,); visible (B, S) bool; keys
+    (slots, Hk, room, D) and values (slots, Hk, room, Dv), which are written into; norms (d_model,)
+    → (B, d_model).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(  # noqa: PLR0913
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attn_norm: Tensor,
+        ffn_norm: Tensor,
+        products: Sequence[Made],
+    ) -> Tensor:
+        B, Hk, D = x.shape[0], self.shape.n_kv_heads, self.shape.d_head
+        cos, sin = cos[:, None], sin[:, None]  # (B, 1, R/2)
+        y = self._norm(x, attn_norm)
+        q = rotate(self._times(y, products, 0).view(B, -1, D), cos, sin)  # (B, H, D)
+        k = rotate(self._times(y, products, 1).view(B, Hk, D), cos, sin)
+        v = self._times(y, products, 2).view(B, Hk, -1)
+        places = slots[:, None], torch.arange(Hk), positions[:, None]
+        keys.index_put_(places, k.to(keys.dtype))
+        values.index_put_(places, v.to(values.dtype))
+        S = visible.shape[1]
+        mixed = _attend(q, keys[slots, :, :S], values[slots, :, :S], visible)
+        x = x + self._times(mixed.flatten(1), products, 3)
+        y = self._norm(x, ffn_norm)
+        gate, up = self._times(y, products, 4), self._times(y, products, 5)
+        return x + self._times(functional.silu(gate) * up, products, 6)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps) * weight
+
+    def _times(self, x: Tensor, products: Sequence[Made], which: int) -> Tensor:
+        made, kind = products[which], self.shape.kinds[which]
+        if kind == KEPT:
+            return functional.linear(x, made[0])
+        if kind == NIBBLES:
+            few = x.bfloat16()
+            pairs = zip(made[::2], made[1::2], strict=True)
+            times = torch.ops.aten._weight_int4pack_mm_for_cpu
+            parts = [times(few, q, GROUP, scales).float() for q, scales in pairs]
+            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return functional.linear(x.to(made[0].dtype), made[0]).float()
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """q (B, H, D), keys (B, Hk, S, D), values (B, Hk, S, Dv), visible (B, S) → (B, H, Dv)
+
+    Written as sums, not as products of matrices: so a compiler reads keys and values where they
+    lie, as they lie, once.
+    """
+    B, Hk, _, D = keys.shape
+    q = q.view(B, Hk, -1, 1, D)
+    scores = (q * keys[:, :, None].float()).sum(-1) / math.sqrt(D)  # (B, Hk, G, S)
+    shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
+    mixed = (shares[..., None] * values[:, :, None].float()).sum(-2)  # (B, Hk, G, Dv)
+    return mixed.flatten(1, 2)

@@ -1,0 +1,332 @@
+"""Compiled blocks against those that they stand for: the same sums, and when they are taken."""
+
+import copy
+import os
+import re
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import refollama
+from refollama.cli import cli
+from refollama.fast import CompiledBlock, exactly, hasten, warm
+from refollama.fast.compiled import _loaded, folder, join, path_of, shape_of
+from refollama.fast.step import BlockStep
+from refollama.models.layers import Linear
+from refollama.models.load import load_net
+from refollama.options import Options
+from tests.exactness import same
+from tests.models.test_llama import some_tokens
+from tests.tiny import write_model
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+slow = pytest.mark.slow
+WIDE: Any = {
+    "embedding_length": 256,
+    "feed_forward_length": 512,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+}
+KINDS = {"small": "Q8_0", "nibbles": "Q4_0", "two of them": "Q5_0", "float16": "Q6_K"}
+KINDS |= {"bfloat16": "BF16"}
+
+
+def net_of(path) -> Any:
+    net = load_net(path)
+    hasten(net)
+    return net
+
+
+def choose(patch, kind, place):
+    """Of nets that are small, and of those that count as large; what is kept lies in this place."""
+    patch.setenv("XDG_CACHE_HOME", str(place))
+    if kind != "small":
+        patch.setattr("refollama.fast.choice.SMALL", -1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request, tmp_path_factory):
+    """A model whose blocks were compiled: kind, folder, path."""
+    place = tmp_path_factory.mktemp("warm")
+    path = write_model(place / "m.gguf", type=KINDS[request.param], **WIDE)
+    with pytest.MonkeyPatch.context() as patch:
+        choose(patch, request.param, place)
+        told: list[tuple[int, int]] = []
+        net = net_of(path)
+        assert not any(isinstance(block, CompiledBlock) for block in net.blk)
+        assert warm(net, told=lambda *done: told.append(done)) == len(net.blk)
+        assert told == [(0, 1), (1, 1)]
+        assert [one.suffix for one in folder().iterdir()] == [".pt2"]
+    return request.param, place, path
+
+
+@pytest.fixture
+def warmed(made, monkeypatch):
+    """Its path."""
+    kind, place, path = made
+    choose(monkeypatch, kind, place)
+    return path
+
+
+def shape(block, *dtype) -> Any:
+    return shape_of(block, *dtype)
+
+
+def counted(net):
+    """How often routines are called from now on: one item for each time."""
+    calls: list[int] = []
+    for block in net.blk:
+        for dtype, routine in block.routines.items():
+
+            def run(given, routine=routine, layer=block.layer):
+                calls.append(layer)
+                return routine(given)
+
+            block.routines[dtype] = run
+    return calls
+
+
+def as_it_was(net):
+    """The same blocks, without their routines."""
+    return copy.deepcopy(net)
+
+
+@torch.no_grad()
+def written(net, ids, *, slots=1, dtype=torch.float16):
+    """Logits after each token, one step a token, in so many slots side by side."""
+    cache = net.new_cache(slots, dtype)
+    rows = list(range(slots))
+    return torch.stack(
+        [
+            net(
+                (torch.tensor(rows) + id)[:, None] % net.n_vocab,
+                torch.full((slots, 1), at),
+                cache.rows(rows, at + 1),
+            )
+            for at, id in enumerate(ids)
+        ]
+    )
+
+
+@compiler
+@slow
+def test_a_compiled_block_computes_what_the_block_does(warmed, measured):
+    net = net_of(warmed)
+    assert all(type(block) is CompiledBlock for block in net.blk)
+    ids = some_tokens(300).tolist()  # the cache grows on the way
+    ours, theirs = (written(one, ids).double().log_softmax(-1) for one in (net, as_it_was(net)))
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert 0 <= kl < 1e-4
+    measured("fast parts", f"compiled: {net.blk[0].shape.kinds[0]}", "plain path, KL", kl, len(ids))
+
+
+@compiler
+@slow
+def test_side_by_side_they_compute_what_each_would_alone(warmed):
+    net, ids = net_of(warmed), some_tokens(12).tolist()
+    together = written(net, ids, slots=20)
+    for row in (0, 7, 19):
+        alone = written(net, [id + row for id in ids])
+        assert same(together[:, row], alone[:, 0])
+
+
+@compiler
+@slow
+def test_whoever_looks_inside_finds_the_blocks_as_they_were(warmed):
+    net, ids = net_of(warmed), some_tokens(4).tolist()
+    plain, seen = as_it_was(net), []
+    calls = counted(net)
+    written(net, ids)
+    assert calls == list(range(len(net.blk))) * len(ids)
+    with exactly():
+        assert torch.equal(written(net, ids), written(plain, ids))
+    hooks = [
+        block.ffn_up.register_forward_hook(lambda *passed: seen.append(passed[2].shape))
+        for block in net.blk
+    ]
+    assert torch.equal(written(net, ids), written(plain, ids))
+    assert len(calls) == len(seen) == len(ids) * len(net.blk)
+    for hook in hooks:
+        hook.remove()
+    written(net, ids)
+    assert len(calls) == 2 * len(seen)
+
+
+@compiler
+@slow
+def test_a_part_that_was_swapped_is_used_and_a_weight_that_was_written(warmed):
+    net, ids = net_of(warmed), some_tokens(4).tolist()
+    before = written(net, ids)
+    part = net.blk[1].ffn_down
+    net.blk[1].ffn_down = Linear(part.weight, lambda packed: part.unpack(packed) * 0)
+    swapped = written(net, ids)
+    assert not torch.allclose(swapped, before, atol=1e-3)
+    net.blk[1].ffn_down = part
+    assert torch.equal(written(net, ids), before)
+    net.blk[0].attn_norm.weight.mul_(2)
+    part.weight.zero_()
+    torch.testing.assert_close(
+        written(net, ids), written(as_it_was(net), ids), atol=0.01, rtol=0.01
+    )
+    assert not torch.allclose(written(net, ids), before, atol=1e-2)
+
+
+@compiler
+@slow
+def test_gradients_pass_and_another_cache_has_no_routine(warmed):
+    net = net_of(warmed)
+    x = torch.randn(1, 1, net.config.d_model, requires_grad=True)
+    net.token_embd.register_forward_hook(lambda *passed: x)
+    cache = net.new_cache(dtype=torch.float32)
+    net(torch.tensor([[3]]), torch.tensor([[0]]), cache.rows([0], 1)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    other, ids = net_of(warmed), some_tokens(4).tolist()
+    calls = counted(other)
+    written(other, ids, dtype=torch.float32)
+    assert not calls
+
+
+@compiler
+@slow
+def test_what_is_too_large_for_16_bits_goes_the_long_way(warmed):
+    net = net_of(warmed)
+    for block in net.blk:
+        block.ffn_norm.weight.mul_(1e4)
+    ids = some_tokens(3).tolist()
+    ours, theirs = written(net, ids), written(as_it_was(net), ids)
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+
+
+@compiler
+@slow
+def test_an_answer_from_warm_blocks_is_the_same_however_its_prompt_was_divided(warmed):
+    prompt, found = some_tokens(30).tolist(), []
+    for batch in (512, 7, 1):
+        llm = refollama.load(warmed)
+        assert type(llm.net.blk[0]) is CompiledBlock
+        options = {"temperature": 0, "num_predict": 12, "num_batch": batch}
+        with llm.start(prompt, Options().updated(options)) as ids:
+            found.append(list(ids))
+        llm.close()
+    assert found[0] == found[1] == found[2]
+
+
+# ── files that are no good ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def cold(tmp_path):
+    return write_model(tmp_path / "m.gguf", type="Q8_0")
+
+
+def test_without_a_routine_every_block_stays(cold):
+    net = net_of(cold)
+    assert join(net) == 0
+    assert not folder().exists()
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_that_is_no_routine_is_told_of_and_left_alone(cold, caplog, size):
+    net = net_of(cold)
+    kept = path_of(shape(net.blk[0]))
+    folder().mkdir(parents=True)
+    kept.write_bytes(os.urandom(size))
+    kept.chmod(0o600)
+    _loaded.cache_clear()
+    assert join(net) == 0
+    assert "no routine" in caplog.text
+    assert kept.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="knows owners of files")
+def test_a_file_that_others_may_write_is_not_run(cold, caplog):
+    net = net_of(cold)
+    kept = path_of(shape(net.blk[0]))
+    folder().mkdir(parents=True)
+    kept.write_bytes(b"PK")
+    kept.chmod(0o666)
+    _loaded.cache_clear()
+    assert join(net) == 0
+    assert "others than its user" in caplog.text
+
+
+def test_another_shape_another_torch_and_another_processor_have_files_of_their_own(
+    cold, tmp_path, monkeypatch
+):
+    from refollama.fast import compiled
+
+    block = net_of(cold).blk[0]
+    one, full = shape(block), shape(block, torch.float32)
+    other = shape(net_of(write_model(tmp_path / "w.gguf", type="Q8_0", **WIDE)).blk[0])
+    paths = {path_of(one), path_of(full), path_of(other)}
+    assert len(paths) == 3
+    for change in (
+        lambda: monkeypatch.setattr(torch, "__version__", "9.9"),
+        lambda: monkeypatch.setattr(compiled, "CPUINFO", tmp_path / "cpuinfo"),
+    ):
+        (tmp_path / "cpuinfo").write_text("flags : fpu sse9\n")
+        change()
+        compiled._maker.cache_clear()
+        assert path_of(one) not in paths
+        paths.add(path_of(one))
+    compiled._maker.cache_clear()
+
+
+def test_a_step_of_tensors_is_the_step_of_the_block(cold):
+    """What is compiled, uncompiled: the same as `Block.forward`."""
+    net = net_of(cold)
+    ids = some_tokens(20).tolist()
+    theirs = written(net, ids, dtype=torch.float32)
+    for index, block in enumerate(net.blk):
+        its = shape(block, torch.float32)
+
+        def run(given, its=its):
+            products, rest = [], list(given[10:])
+            for count in its.tensors:
+                products.append(rest[:count])
+                del rest[:count]
+            return [BlockStep(its)(*given[:10], products)]
+
+        net.blk[index] = CompiledBlock(block, its, {torch.float32: run})
+    torch.testing.assert_close(written(net, ids, dtype=torch.float32), theirs, atol=1e-5, rtol=1e-5)
+
+
+# ── the command ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_a_compiler_it_says_what_is_missing(cold, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("PATH", "/nowhere")
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/c++",))
+    said = CliRunner().invoke(cli, ["warm", str(cold)])
+    assert said.exit_code == 1
+    assert "there is no C++ compiler" in said.output
+    assert not list(folder().glob("*"))
+
+
+def test_a_model_without_such_blocks_is_refused(cold, monkeypatch):
+    monkeypatch.setattr("refollama.fast.choice.SMALL", -1)
+    path = write_model(cold.parent / "f32.gguf", type="F32")
+    said = CliRunner().invoke(cli, ["warm", str(path)])
+    assert said.exit_code == 1
+    assert "has no blocks that can be compiled" in said.output
+
+
+@compiler
+@slow
+def test_the_command_makes_a_model_faster_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = CliRunner().invoke(cli, ["warm", "fable"])
+    assert said.exit_code == 0, said.output
+    assert "6 of 6 blocks are compiled" in said.output
+    now, before = map(int, re.findall(r"(\d+) tokens/s; before, (\d+)", said.output)[0])
+    assert now > before
+    again = CliRunner().invoke(cli, ["warm", "fable"])
+    assert "is ready" in again.output
