@@ -56,7 +56,7 @@ class CompiledBlock(Block):
         for name, part in block.named_children():
             self.add_module(name, part)
         self.shape, self.routines = shape, routines
-        self._parts = dict(block.named_children())  # that the routine stands for
+        self._gather()
         self.train(block.training)
 
     def __getstate__(self) -> dict[str, object]:
@@ -65,7 +65,7 @@ class CompiledBlock(Block):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         routine = self._routine_for(x, step)
-        if routine is None:
+        if routine is None or not self._is_whole():
             return super().forward(x, step)
         at_once = FEW if self.shape.at_once else 1
         if len(x) <= at_once:
@@ -78,19 +78,34 @@ class CompiledBlock(Block):
         return y
 
     def _routine_for(self, x: Tensor, step: Step) -> Routine | None:
-        if x.shape[1] != 1 or type(step.cache) is not Rows or not may_round(x) or not self._whole():
+        if x.shape[1] != 1 or type(step.cache) is not Rows or not may_round(x):
             return None
         return self.routines.get(step.cache.cache.keys[self.layer].dtype)
 
-    def _whole(self) -> bool:
-        """Are its parts those of the beginning, and does nobody listen to them?"""
+    def _gather(self) -> None:
+        """What the routine stands for: parts, their weights and how old these are."""
+        self._parts = [
+            (name, part, weight, -1 if weight.is_inference() else weight._version)
+            for name, part in self.named_children()
+            for weight in (part.get_buffer("weight"),)
+        ]
+        self._made = list(_weights(self))
+
+    def _is_whole(self) -> bool:
+        """Are its parts those of the beginning, and does nobody listen to them?  This is asked for
+        every token: it goes past what makes attributes of modules slow."""
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return False
-        return all(
-            self._modules[name] is part and not part._forward_hooks and not part._forward_pre_hooks
-            for name, part in self._parts.items()
-        )
+        changed = False
+        for name, part, weight, age in self._parts:
+            if self._modules[name] is not part or part._forward_hooks or part._forward_pre_hooks:
+                return False
+            changed |= part._buffers["weight"] is not weight
+            changed |= age >= 0 and weight._version != age
+        if changed:
+            self._gather()
+        return True
 
     def _through(self, routine: Routine, x: Tensor, step: Step, rows: slice) -> Tensor:
         memory = step.cache.cache
@@ -104,7 +119,7 @@ class CompiledBlock(Block):
                 step.visible[rows, 0],
                 memory.keys[self.layer],
                 memory.values[self.layer],
-                *_weights(self),
+                *self._made,
             ]
         )
         return y[:, None]
