@@ -43,7 +43,7 @@ format: $(VENV)/.test  ## let ruff lay out the code
 
 bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, rivals, and pull, in tables
 	$(BIN)/python -m benchmarks.first_light
-	$(BIN)/python -m benchmarks.rivals --layers 4
+	$(BIN)/python -m benchmarks.rivals --quick
 	$(BIN)/python -m benchmarks.registry $(if $(MEGABYTES),--megabytes $(MEGABYTES))
 
 # The second one without a real model shows gibberish, so what is saved in them is left alone.
