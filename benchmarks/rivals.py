@@ -160,9 +160,10 @@ def _in_a_process_of_its_own(runner: str, path: Path) -> dict[str, float]:
 
 def alone(runner: str, path: Path) -> dict[str, float]:
     """Seconds until the model is loaded, and until its first token after that; most memory."""
-    ours = {OURS: here, "plain path": partial(here, fast=False)}
+    runners: dict[str, Runner] = {OURS: here, "plain path": partial(here, fast=False)}
+    runners |= {"llama.cpp": llama_cpp, "transformers": transformers}
     start = perf_counter()
-    with (ours | {"llama.cpp": llama_cpp, "transformers": transformers})[runner](path) as rate_of:
+    with runners[runner](path) as rate_of:
         loaded = perf_counter()
         rate_of(Test(FIRST, FIRST), 0)
         first = perf_counter()
