@@ -11,6 +11,7 @@ without being counted, so that what is prepared on first use is ready.
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from refollama.cachekind import CacheKind
 from refollama.engine.engine import AT_ONCE
 from refollama.errors import BadRequest
+from refollama.fast import exactly
 from refollama.kvcache import KVCache
 from refollama.loaded import LoadedModel
 from refollama.models.llama import Llama
@@ -105,5 +107,6 @@ def _through(net: Llama, cache: KVCache, ids: Tensor, start: int, end: int, at_o
     for first in range(start, end, at_once):
         last = min(first + at_once, end)
         positions = torch.arange(first, last, device=ids.device)[None]
-        logits = net(ids[None, first:last], positions, cache.rows([0], last))
+        with exactly() if at_once > 1 else nullcontext():  # as the engine reads and writes
+            logits = net(ids[None, first:last], positions, cache.rows([0], last))
         logits.sum().item()  # what a GPU has begun is done

@@ -5,6 +5,7 @@
                          4, 5, 8 bits, groups of 32 ── nibbles, multiplied as they lie (nibbles.py)
                          F16, BF16, Q6_K            ── 16 bits, multiplied as they lie (half.py)
                          all others                 ── unpacked some rows at a time (slabs.py)
+         experts, each as a matrix of its type (experts.py)
          blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights

@@ -6,17 +6,19 @@ import logging
 import math
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from refollama.fast.compiled import join
+from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import PreparedLinear
 from refollama.fast.slabs import SlabLinear, columns
-from refollama.models.layers import Linear
+from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Llama
 from refollama.models.meter import Count, unheard
 from refollama.weights.quants import Layout
@@ -32,8 +34,8 @@ def hasten(net: Llama, count: Count = unheard) -> None:
     """Replace the matrices of a net by parts that are as good, and sooner done; blocks as well, if
     their like has been compiled.
 
-    On a GPU, beside branches (LoRA), and among experts everything stays as it is. What would have
-    to be copied, and finds no room, is unpacked slab by slab.
+    On a GPU and beside branches (LoRA) everything stays as it is. What would have to be copied, and
+    finds no room, is unpacked slab by slab.
     count: is told the bytes of each matrix that is done.
     """
     plain = {name: part for name, part in net.named_modules() if _can_be_replaced(part)}
@@ -42,7 +44,8 @@ def hasten(net: Llama, count: Count = unheard) -> None:
     for name, part in plain.items():
         owner, _, child = name.rpartition(".")
         left -= 0 if small else copied_bytes(part)
-        faster = KeptLinear(part) if small else _by_type(part) if left >= 0 else SlabLinear(part)
+        make = KeptLinear if small else _by_type if left >= 0 else SlabLinear
+        faster = FastExperts(part, make) if isinstance(part, Experts) else make(part)
         setattr(net.get_submodule(owner), child, faster.train(part.training))
         count(part.weight.nbytes)
     join(net)
@@ -50,8 +53,8 @@ def hasten(net: Llama, count: Count = unheard) -> None:
         log.warning("answers are slower than they could be: there is not enough memory for copies")
 
 
-def _can_be_replaced(part: nn.Module) -> bool:
-    return type(part) is Linear and part.weight.device.type == "cpu"
+def _can_be_replaced(part: nn.Module) -> TypeGuard[Linear | Experts]:
+    return type(part) in (Linear, Experts) and part.get_buffer("weight").device.type == "cpu"
 
 
 def _by_type(part: Linear) -> Linear:
@@ -84,18 +87,20 @@ def available() -> float:
     return int(found[1]) * 1024 if found else math.inf
 
 
-def copied_bytes(part: Linear) -> float:
+def copied_bytes(part: Linear | Experts) -> float:
     """What `_by_type` will copy: nibbles take 5 bits for each weight, two of them 10."""
-    kind = type_of(part)
+    one, *others = matrices(part)
+    kind = type_of(one)
     bits = 16 if kind in COPIED else 0
-    if _fits_nibbles(part, kind):
+    if _fits_nibbles(one, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
-    return len(part.weight) * columns(part) * bits / 8
+    return (1 + len(others)) * len(one.weight) * columns(one) * bits / 8
 
 
 def more_bytes(net: nn.Module) -> int:
     """What the fast parts of a net take beside its weights."""
-    return sum(part.more_bytes for part in net.modules() if isinstance(part, PreparedLinear))
+    kinds = PreparedLinear | FastExperts
+    return sum(part.more_bytes for part in net.modules() if isinstance(part, kinds))
 
 
 def type_of(part: Linear) -> str:
@@ -104,7 +109,7 @@ def type_of(part: Linear) -> str:
     return layout.name if isinstance(layout, Layout) else ""
 
 
-def unpacked_bytes(part: nn.Module) -> int:
-    """What a matrix takes as float32."""
-    assert isinstance(part, Linear)
-    return len(part.weight) * columns(part) * torch.float32.itemsize
+def unpacked_bytes(part: Linear | Experts) -> int:
+    """What a matrix takes as float32, or all of a stack."""
+    one, *others = matrices(part)
+    return (1 + len(others)) * len(one.weight) * columns(one) * torch.float32.itemsize

@@ -9,8 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 
 ROUNDING = 1e-6  # a sum of float32 probabilities that is this close to p has reached it
 FLAT = 1e-6  # a curve that bends less than this in all has no tail to speak of
@@ -119,12 +124,24 @@ def temperature(logits: Tensor, t: float) -> Tensor:
 def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The ids that are not dropped, best first, and their probabilities in float64.
 
-    Shapes: (V,) → (n,), (n,). Of equals, the lower id comes first.
+    Shapes: (V,) float32 → (n,), (n,). Of equals, the lower id comes first.
     """
-    alive = (logits > -math.inf).nonzero().flatten()
-    order = logits[alive].argsort(descending=True, stable=True)
-    ids = alive[order]
+    ids = torch.from_numpy(best_first(logits.detach().cpu().numpy())).to(logits.device)
     return ids, logits[ids].double().softmax(0)
+
+
+def best_first(logits: Floats) -> Ids:
+    """The ids that are not dropped, as `candidates` has them.
+
+    A logit and its id make one number of 64 bits, and numbers without equals are sorted several
+    times as fast as logits whose equals must keep their order.
+    """
+    ids = np.flatnonzero(logits > -np.inf)
+    bits = (logits[ids] + np.float32(0)).view(np.int32)  # + 0: what is -0 counts as 0
+    rising = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)  # as the logits do
+    keys = (~rising).astype(np.int64) << 32 | ids
+    keys.sort()
+    return keys & 0xFFFFFFFF
 
 
 def only(logits: Tensor, ids: Tensor | list[int]) -> Tensor:

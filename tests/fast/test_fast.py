@@ -7,13 +7,14 @@ import torch
 
 import refollama
 from refollama.fable.bundled import FOLDER
-from refollama.fast import hasten, more_bytes
+from refollama.fast import exactly, hasten, more_bytes
 from refollama.fast.choice import copied_bytes, type_of
+from refollama.fast.experts import FastExperts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, Int4Linear
 from refollama.fast.slabs import SlabLinear
-from refollama.models.layers import Linear
+from refollama.models.layers import Experts, Linear
 from refollama.models.load import load_net
 from refollama.models.lora import Branch, LoraLinear, adapt
 from refollama.options import Options
@@ -21,6 +22,7 @@ from refollama.quantize import plan
 from refollama.weights import open_gguf
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS, pack
+from tests.exactness import same
 from tests.models.test_llama import all_logits, some_tokens
 from tests.tiny import write_model
 
@@ -168,6 +170,55 @@ def test_a_small_net_is_kept_unpacked_and_no_bit_changes(tmp_path, monkeypatch):
     dense = sum(part.dense().nbytes for part in fast.modules() if isinstance(part, Linear))
     assert more_bytes(fast) == dense
     assert more_bytes(plain) == 0
+
+
+MIXTURE: Any = {"expert_count": 4, "expert_used_count": 2}
+
+
+@pytest.mark.parametrize("packed", ["Q4_0", "Q8_0", "F16", "Q6_K", "Q3_K", "F32"])
+def test_experts_are_replaced_as_matrices_of_their_type_are(tmp_path, packed):
+    wide: Any = {"embedding_length": 256, "feed_forward_length": 256}
+    path = write_model(tmp_path / "m.gguf", type=packed, **MIXTURE, **wide)
+    plain, fast = net_of(path), net_of(path)
+    hasten(fast)
+    experts = fast.blk[1].ffn_down_exps
+    assert type(experts) is FastExperts
+    matrices = [part for part in plain.modules() if type(part) in (Linear, Experts)]
+    assert sum(map(copied_bytes, matrices)) == more_bytes(fast)
+    width = len(plain.blk[1].ffn_gate_exps.weight[0])
+    x = tokens(20, columns=width)
+    for expert in range(4):
+        ours, theirs = experts(x, expert), plain.blk[1].ffn_down_exps(x, expert)
+        assert off(ours, theirs) < ROUNDED
+        for row in (0, 5, 19):
+            assert same(experts(x[row : row + 1], expert)[0], ours[row])
+    with exactly():
+        exact = experts(x, 2)
+    torch.testing.assert_close(exact, plain.blk[1].ffn_down_exps(x, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_an_experts_weight_that_is_written_or_replaced_is_seen(tmp_path):
+    net = net_of(write_model(tmp_path / "m.gguf", type="Q8_0", **MIXTURE))
+    hasten(net)
+    experts = net.blk[0].ffn_up_exps
+    x = tokens(1, columns=net.config.d_model)
+    before, whole = experts(x, 1), experts.weight
+    experts.weight[1].zero_()
+    assert experts(x, 1).abs().max() == 0
+    assert experts(x, 2).abs().max() > 0
+    experts.weight = whole.flip(0).clone()
+    assert experts(x, 2).abs().max() == 0
+    assert experts(x, 1).abs().max() > 0
+    assert not torch.equal(experts(x, 1), before)
+
+
+def test_experts_of_a_small_net_change_no_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("refollama.fast.choice.SMALL", 1 << 26)
+    path = write_model(tmp_path / "m.gguf", type="Q8_0", **MIXTURE)
+    plain, fast = net_of(path), net_of(path)
+    hasten(fast)
+    ids = some_tokens(9)
+    assert torch.equal(all_logits(fast, ids), all_logits(plain, ids))
 
 
 def test_one_can_go_backwards_through_what_was_made_in_inference_mode(tmp_path, monkeypatch):

@@ -197,6 +197,14 @@ def test_candidates_come_best_first_with_probabilities(values):
     assert math.isclose(float(probs.sum()), 1, abs_tol=1e-9)
 
 
+@given(st.lists(st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 3.5, -3.5, 3e38, -3e38, -math.inf])))
+def test_candidates_are_those_of_a_sort_that_keeps_equals_in_order(values):
+    logits = torch.tensor(values)
+    order = logits.argsort(descending=True, stable=True)
+    expected = [id for id in order.tolist() if values[id] > -math.inf]
+    assert filters.candidates(logits)[0].tolist() == expected
+
+
 def test_repeat_penalty_counts_once_and_respects_the_sign(measured):
     out = filters.penalize(torch.tensor([2.0, -2.0, 1.0]), [0, 0, 1], 2.0, 0.0, 0.0)
     assert out.tolist() == [1.0, -4.0, 1.0]
