@@ -97,9 +97,9 @@ def begin_by_looking_up(net: Llama, seed: int) -> None:
         block 1   where stood this token one before?  two before?   (what follows it, then?)
         block 2   where stood what is two before this one?  one before?
 
-    Neither half of such a pair is of any use without the other, so that gradients find it late:
-    of a list of names and numbers, heard once, a net from random weights repeats 4 % after 100
-    steps, and this one 90 %.
+    Neither half of such a pair is of any use without the other, so that gradients find it late: a
+    list of words that was said once is repeated after 60 steps, in more than half of its words; a
+    net from random weights then repeats less than a tenth of them.
     Source: Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv 2209.11895.
     """
     rng = torch.Generator().manual_seed(seed)

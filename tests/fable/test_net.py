@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from refollama.fable import net
+from refollama.fable import net, train
 from refollama.fable.net import (
     SHARED,
     Lesson,
@@ -64,6 +64,37 @@ def test_conversations_of_one_row_do_not_see_each_other(learner):
     torch.testing.assert_close(first[:, 12:], second[:, 12:], atol=1e-5, rtol=1e-5)
     alone = read(learner, two, torch.zeros_like(two))
     torch.testing.assert_close(first[:, 12:], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_to_repeat_a_list_is_learned_at_once_by_heads_that_begin_so(monkeypatch):
+    """Lists of 300 words, each said twice: how much of the second time is foretold?"""
+    begun = _repeats(steps=60)
+    monkeypatch.setattr(net, "begin_by_looking_up", lambda *given: None)
+    by_chance = _repeats(steps=60)
+    assert begun > 0.5
+    assert by_chance < 0.1
+
+
+def _repeats(steps, words=300, length=40):
+    learning = new_net({"general.architecture": "llama", **sizes(), **tokenizer()}, words, seed=1)
+    optimizers = train._optimizers(learning, rate=8e-3, calm=1.0)
+    rng = torch.Generator().manual_seed(1)
+    right = []
+    for step in range(steps):
+        once = torch.randint(words, (16, length), generator=rng)
+        tokens = torch.cat((once, once), 1)
+        hidden = read(learning, tokens, torch.zeros_like(tokens))[:, length:-1]
+        logits = learning.output(hidden).flatten(0, 1)
+        wanted = once[:, 1:].flatten()
+        functional.cross_entropy(logits, wanted).backward()
+        for one in optimizers:
+            for group in one.param_groups:
+                group["lr"] = 8e-3 * min(1, (step + 1) / 50)
+            one.step()
+            one.zero_grad()
+        right.append((logits.argmax(-1) == wanted).float().mean().item())
+    return sum(right[-5:]) / 5
 
 
 def test_every_weight_learns_and_the_output_is_the_embedding(learner):
