@@ -80,6 +80,8 @@ class CompiledBlock(Block):
     def _routine_for(self, x: Tensor, step: Step) -> Routine | None:
         if x.shape[1] != 1 or type(step.cache) is not Rows or not may_round(x):
             return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for *_, weight, _ in self._parts):
+            return None
         return self.routines.get(step.cache.cache.keys[self.layer].dtype)
 
     def _gather(self) -> None:
@@ -89,7 +91,11 @@ class CompiledBlock(Block):
             for name, part in self.named_children()
             for weight in (part.get_buffer("weight"),)
         ]
-        self._made = list(_weights(self))
+        shape = shape_of(self, getattr(torch, self.shape.cache))
+        if shape != self.shape:  # a weight of another size: the routine would read past its end
+            self.routines = {}
+            return
+        self._made = [weight.contiguous() for weight in _weights(self)]
 
     def _is_whole(self) -> bool:
         """Are its parts those of the beginning, and does nobody listen to them?  This is asked for
@@ -103,25 +109,25 @@ class CompiledBlock(Block):
                 return False
             changed |= part._buffers["weight"] is not weight
             changed |= age >= 0 and weight._version != age
+            if part._buffers.get("bias") is not None:
+                return False
         if changed:
             self._gather()
-        return True
+        return bool(self.routines)
 
     def _through(self, routine: Routine, x: Tensor, step: Step, rows: slice) -> Tensor:
-        memory = step.cache.cache
-        [y] = routine(
-            [
-                x[rows, 0],
-                step.cos[rows, 0, 0],
-                step.sin[rows, 0, 0],
-                step.positions[rows, 0],
-                step.cache.slots[rows],
-                step.visible[rows, 0],
-                memory.keys[self.layer],
-                memory.values[self.layer],
-                *self._made,
-            ]
+        """The routine knows sizes, not strides: all must lie in one piece, as a cache does."""
+        rowed = (
+            x[rows, 0],
+            step.cos[rows, 0, 0],
+            step.sin[rows, 0, 0],
+            step.positions[rows, 0],
+            step.cache.slots[rows],
+            step.visible[rows, 0],
         )
+        memory = step.cache.cache
+        keys, values = memory.keys[self.layer], memory.values[self.layer]
+        [y] = routine([*(one.contiguous() for one in rowed), keys, values, *self._made])
         return y[:, None]
 
 

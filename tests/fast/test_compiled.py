@@ -103,7 +103,7 @@ def written(net, ids, *, slots=1, dtype=torch.float16):
         [
             net(
                 (torch.tensor(rows) + id)[:, None] % net.n_vocab,
-                torch.full((slots, 1), at),
+                torch.tensor([at]).expand(slots, -1),  # one number, seen several times
                 cache.rows(rows, at + 1),
             )
             for at, id in enumerate(ids)
@@ -275,6 +275,23 @@ def test_another_shape_another_torch_and_another_processor_have_files_of_their_o
         assert path_of(one) not in paths
         paths.add(path_of(one))
     compiled._maker.cache_clear()
+
+
+@torch.no_grad()
+def test_a_weight_of_another_size_ends_the_routine(cold):
+    net = net_of(cold)
+    block, calls = net.blk[0], []
+    refuse: Any = {torch.float16: lambda given: calls.append(given)}
+    net.blk[0] = warmed = CompiledBlock(block, shape(block), refuse)
+    part = warmed.ffn_gate
+    fewer = len(part.weight) // 2
+    part.weight, net.blk[0].ffn_up.weight = part.weight[:fewer], part.weight[fewer:]
+    down = warmed.ffn_down
+    warmed.ffn_down = Linear(down.weight, lambda packed: down.unpack(packed)[:, :fewer])
+    warmed._gather()
+    assert not warmed.routines
+    written(net, some_tokens(3).tolist())
+    assert not calls
 
 
 def test_a_step_of_tensors_is_the_step_of_the_block(cold):
