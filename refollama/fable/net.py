@@ -104,6 +104,8 @@ def begin_by_looking_up(net: Llama, seed: int) -> None:
     """
     rng = torch.Generator().manual_seed(seed)
     D, M = net.config.d_head, net.config.d_model
+    if 1 + 3 * D > M:
+        raise ValueError(f"heads of {D} have no room for what they note in a stream of {M}")
     directions = _orthogonal(M, rng)
     constant = directions[:1]
     # (D, M) each: a token itself, the one before it, the one before that

@@ -142,8 +142,8 @@ def test_the_loss_is_a_mean_in_which_some_tokens_count_for_more(small):
 def small(monkeypatch):
     """Runs of a net that takes no time."""
     little = sizes(block_count=1, embedding_length=64, feed_forward_length=64)
-    little |= {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
-    little |= {"llama.rope.dimension_count": 32}
+    little |= {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    little |= {"llama.rope.dimension_count": 16}
     monkeypatch.setattr(train, "sizes", lambda: little)
 
 
