@@ -43,7 +43,7 @@ WRITTEN = 32  # tokens
 SIDE_BY_SIDE = 8
 FIRST = 32  # tokens of the prompt before a first token
 PACKAGES = {"llama.cpp": "llama_cpp", "transformers": "transformers"}
-OURS = "refollama"
+OURS, PLAIN = "refollama", "plain path"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm", action="store_true", help="ours with compiled blocks")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--plot", type=Path, help="draw bars here (matplotlib): a .png or .svg")
-    parser.add_argument("--alone", choices=[OURS, "plain path", *PACKAGES], help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=[OURS, PLAIN, *PACKAGES], help=argparse.SUPPRESS)
     parser.add_argument("file", nargs="?", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -127,12 +127,20 @@ def _parser() -> argparse.ArgumentParser:
 def _runners(given: argparse.Namespace) -> tuple[dict[str, Runner], list[str]]:
     """Who takes part, and who is missing."""
     given.layers = given.layers or (4 if given.quick else 22)
-    runners: dict[str, Runner] = {OURS: partial(here, compiled=given.warm)}
-    if given.plain:
-        runners["plain path"] = partial(here, fast=False)
-    there = {"llama.cpp": llama_cpp, "transformers": transformers}
     missing = [name for name, package in PACKAGES.items() if not importlib.util.find_spec(package)]
-    return runners | {name: one for name, one in there.items() if name not in missing}, missing
+    left_out = missing if given.plain else [PLAIN, *missing]
+    runners = {name: one for name, one in everybody().items() if name not in left_out}
+    return runners | {OURS: partial(here, compiled=given.warm)}, missing
+
+
+def everybody() -> dict[str, Runner]:
+    """Whoever can take part, in the order of the table."""
+    return {
+        OURS: here,
+        PLAIN: partial(here, fast=False),
+        "llama.cpp": llama_cpp,
+        "transformers": transformers,
+    }
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────
@@ -160,10 +168,8 @@ def _in_a_process_of_its_own(runner: str, path: Path) -> dict[str, float]:
 
 def alone(runner: str, path: Path) -> dict[str, float]:
     """Seconds until the model is loaded, and until its first token after that; most memory."""
-    runners: dict[str, Runner] = {OURS: here, "plain path": partial(here, fast=False)}
-    runners |= {"llama.cpp": llama_cpp, "transformers": transformers}
     start = perf_counter()
-    with runners[runner](path) as rate_of:
+    with everybody()[runner](path) as rate_of:
         loaded = perf_counter()
         rate_of(Test(FIRST, FIRST), 0)
         first = perf_counter()
@@ -185,9 +191,15 @@ def _ids(test: Test, seed: int) -> torch.Tensor:
     return torch.randint(259, VOCABULARY, (test.rows, test.depth + test.count), generator=rng)
 
 
-def _steps(test: Test) -> Iterator[tuple[int, int]]:
+def _timed(test: Test, through: Callable[[int, int], object]) -> float:
+    """Tokens a second of a test; `through` puts tokens first … last − 1 through a net."""
     end = test.depth + test.count
-    return ((at, min(at + test.at_once, end)) for at in range(test.depth, end, test.at_once))
+    if test.depth:
+        through(0, test.depth)
+    start = perf_counter()
+    for first in range(test.depth, end, test.at_once):
+        through(first, min(first + test.at_once, end))
+    return test.rows * test.count / (perf_counter() - start)
 
 
 # ── who takes part ────────────────────────────────────────────────────────────────────────────
@@ -212,12 +224,7 @@ def here(path: Path, *, fast: bool = True, compiled: bool = False) -> Iterator[R
             with nullcontext() if last - first == 1 else exactly():  # as the engine does it
                 net(ids[:, first:last], positions, cache.rows(rows, last))
 
-        if test.depth:
-            through(0, test.depth)
-        start = perf_counter()
-        for first, last in _steps(test):
-            through(first, last)
-        return test.rows * test.count / (perf_counter() - start)
+        return _timed(test, through)
 
     try:
         yield rate_of
@@ -246,12 +253,7 @@ def llama_cpp(path: Path) -> Iterator[Rate]:
             return 0.0
         ids = _ids(test, seed)[0].tolist()
         llm.reset()
-        if test.depth:
-            llm.eval(ids[: test.depth])
-        start = perf_counter()
-        for first, last in _steps(test):
-            llm.eval(ids[first:last])
-        return test.count / (perf_counter() - start)
+        return _timed(test, lambda first, last: llm.eval(ids[first:last]))
 
     try:
         yield rate_of
@@ -278,12 +280,7 @@ def transformers(path: Path) -> Iterator[Rate]:
         def through(first: int, last: int) -> None:
             net(ids[:, first:last], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        if test.depth:
-            through(0, test.depth)
-        start = perf_counter()
-        for first, last in _steps(test):
-            through(first, last)
-        return test.rows * test.count / (perf_counter() - start)
+        return _timed(test, through)
 
     yield rate_of
 

@@ -11,6 +11,7 @@ as they are; so does a block whose parts were replaced or hooked.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -197,13 +197,7 @@ def _maker() -> str:
     if CPUINFO.exists():
         lines = CPUINFO.read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    code = Path(_file_of(source)).read_text()
-    return _digest([processor, torch.__version__, code])
-
-
-def _file_of(module: ModuleType) -> str:
-    assert module.__file__ is not None
-    return module.__file__
+    return _digest([processor, torch.__version__, inspect.getsource(source)])
 
 
 def _digest(told: object) -> str:
