@@ -42,7 +42,7 @@ def test_twenty_kills_lose_nothing_that_was_written(tmp_path):
     chance = random.Random(20)
     root = tmp_path / "models"
     weights = some_file(tmp_path / "weights", 300_000_000)
-    with FakeRegistry(rate=4 * MIB) as registry:
+    with FakeRegistry(rate=2 * MIB) as registry:
         digest, *_ = registry.add("library/tale", "latest", [weights])
         name = f"{registry.host}/library/tale"
         before: list[Piece] = []
