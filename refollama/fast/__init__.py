@@ -3,8 +3,8 @@
     net ── hasten ──┬─ a small net: every matrix is unpacked once (kept.py), every bit stays
                     └─ a large one: each matrix by its type
                          4, 5, 8 bits, groups of 32 ── nibbles, multiplied as they lie (nibbles.py)
-                         F16, BF16, Q6_K            ── 16 bits, multiplied as they lie (half.py)
-                         all others                 ── unpacked some rows at a time (slabs.py)
+                         F16, BF16, all others      ── 16 bits, multiplied as they lie (half.py)
+                         F32, and without memory    ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
          blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
 

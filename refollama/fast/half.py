@@ -1,8 +1,9 @@
 """16 bits: matrices that torch multiplies as they are, float16 and bfloat16.
 
-A file's F16 and BF16 are taken as they lie in it. Q6_K, whose groups of 16 are too short for
-`nibbles`, is copied: its values rounded to float16, by one in 2048 at most where they are larger
-than 6e-5, and by 3e-8 below.
+A file's F16 and BF16 are taken as they lie in it. Whatever is packed and no matter for `nibbles`
+(Q2_K, Q3_K and Q6_K, whose groups of 16 are too short for them, IQ*, TQ*) is copied: its values
+rounded to float16, by one in 2048 at most where they are larger than 6e-5, and by 3e-8 below.
+Floats of 4 bits lie too far apart for float16; bfloat16 holds them exactly.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch.nn import functional
 from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
+from refollama.weights.blocks import BLOCKS
 
 NATIVE = {"F16": torch.float16, "BF16": torch.bfloat16}
-COPIED = {"Q6_K": torch.float16}
+COPIED = {block.name: torch.float16 for block in BLOCKS.values() if block.values > 1}
+COPIED |= dict.fromkeys(("MXFP4", "NVFP4"), torch.bfloat16)
 
 
 class HalfLinear(PreparedLinear):

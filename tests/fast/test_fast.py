@@ -25,20 +25,38 @@ from refollama.weights.quants import LAYOUTS, pack
 from tests.exactness import same
 from tests.models.test_llama import all_logits, some_tokens
 from tests.tiny import write_model
+from tests.weights.test_quants import random_blocks
 
 ROUNDED = 0.006  # of a product, relative: half of what bfloat16 keeps, of several numbers
 nibbles = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
     reason="torch multiplies nibbles on processors with AVX2",
 )
-KINDS = {**dict.fromkeys(LINES, Int4Linear), **dict.fromkeys(NATIVE | COPIED, HalfLinear)}
+KINDS = {**dict.fromkeys(NATIVE | COPIED, HalfLinear), **dict.fromkeys(LINES, Int4Linear)}
+# Where the exponents of scales stand, and what is put there: (bytes, bits that stay, others).
+SCALES = {"MXFP4": ((0,), 7, 112), "NVFP4": ((0, 1, 2, 3), 63, 0), "Q8_K": ((3,), 0x80, 0x3C)}
+SCALES |= {"Q8_1": ((1, 3), 0x83, 0x20), "TQ1_0": ((53,), 0x83, 0x20), "TQ2_0": ((65,), 0x83, 0x20)}
+SCALES |= {"IQ1_M": ((55,), 0x8F, 0x20)}
 
 
 def part(type, *, rows=128, columns=512, bias=False):
     rng = torch.Generator().manual_seed(1)
-    values = torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)
+    layout = LAYOUTS[TYPE_ID[type]]
+    if layout.pack is None:
+        packed = random_rows(layout, rows, columns)
+    else:
+        values = torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)
+        packed = pack(values, type)
     bias = torch.randn(rows, generator=rng) if bias else None
-    return Linear(pack(values, type), LAYOUTS[TYPE_ID[type]].unpack_rows, bias)
+    return Linear(packed, layout.unpack_rows, bias)
+
+
+def random_rows(layout, rows, columns):
+    """Any bytes, with scales of a size that weights have."""
+    blocks = random_blocks(layout, rows * columns // layout.block.values, seed=1)
+    places, kept, others = SCALES.get(layout.name, ((1,), 0x83, 0x20))  # a float16: some 2 ** -7
+    blocks[:, list(places)] = blocks[:, list(places)] & kept | others
+    return torch.from_numpy(blocks).view(rows, -1)
 
 
 def replaced(plain):
@@ -68,7 +86,7 @@ def tokens(count, columns=512):
 
 
 @nibbles
-@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
+@pytest.mark.parametrize("type", KINDS)
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_few_tokens_are_multiplied_as_well_as_rounding_allows(type, count, measured):
     plain = part(type, bias=count == 3)
@@ -83,7 +101,7 @@ def test_few_tokens_are_multiplied_as_well_as_rounding_allows(type, count, measu
 
 
 @pytest.mark.parametrize("columns", [512, 2048])
-@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
+@pytest.mark.parametrize("type", KINDS)
 def test_a_token_is_multiplied_alike_beside_others(type, columns):
     """Answers that are written side by side are those that each would be alone."""
     fast = replaced(part(type, columns=columns))
@@ -93,7 +111,7 @@ def test_a_token_is_multiplied_alike_beside_others(type, columns):
         assert torch.equal(fast(together[:count]), alone[:count])
 
 
-@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED, "Q3_K", "Q2_K", "F32"])
+@pytest.mark.parametrize("type", [*KINDS, "F32"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_many_tokens_are_multiplied_in_slabs_exactly(monkeypatch, type, bias):
     plain = part(type, bias=bias)
@@ -103,22 +121,28 @@ def test_many_tokens_are_multiplied_in_slabs_exactly(monkeypatch, type, bias):
     torch.testing.assert_close(fast(x[None])[0], plain(x), atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("type", ["Q3_K", "Q2_K", "F32"])
-def test_whatever_else_there_is_goes_in_slabs(type):
-    plain = part(type)
+def test_what_is_not_packed_goes_in_slabs():
+    plain = part("F32")
     fast = replaced(plain)
     assert isinstance(fast, SlabLinear)
     torch.testing.assert_close(fast(tokens(1)), plain(tokens(1)), atol=1e-5, rtol=1e-6)
 
 
-def test_a_height_that_torch_cannot_lay_goes_in_slabs():
-    assert isinstance(replaced(part("Q4_0", rows=96)), SlabLinear)
+def test_a_height_that_torch_cannot_lay_is_copied_as_16_bits():
+    assert isinstance(replaced(part("Q4_0", rows=96)), HalfLinear)
 
 
 def test_without_vector_instructions_there_are_no_nibbles(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert isinstance(replaced(part("Q4_0")), SlabLinear)
-    assert copied_bytes(part("Q4_0")) == 0
+    assert isinstance(replaced(part("Q4_0")), HalfLinear)
+    assert copied_bytes(part("Q4_0")) == 2 * 128 * 512
+
+
+@pytest.mark.parametrize("type", ["MXFP4", "NVFP4"])
+def test_bfloat16_holds_floats_of_4_bits(type):
+    plain = part(type)
+    (matrix,) = HalfLinear(plain, type).prepare()
+    assert torch.equal(matrix.float(), plain.dense())
 
 
 @nibbles
@@ -256,7 +280,7 @@ def test_copies_are_made_where_there_is_room(tmp_path, monkeypatch, caplog, free
 
 
 @nibbles
-@pytest.mark.parametrize("type", [*LINES, *NATIVE, *COPIED])
+@pytest.mark.parametrize("type", KINDS)
 def test_the_bytes_of_copies_are_known_before(type):
     plain = part(type)
     assert replaced(plain).more_bytes == copied_bytes(plain)
