@@ -106,6 +106,7 @@ class LoadedModel:
         defaults: Options = DEFAULTS,
         slots: int = 1,
         script: Script = NO_SCRIPT,
+        sources: Sequence[Path] = (),
     ) -> None:
         self._engines = Pool(_maker(self))
         self._reading = threading.Lock()  # a text that is embedded has a cache to itself: one only
@@ -115,6 +116,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.script = script
+        self.sources = sources  # the files that its weights lie in
 
     # ── text in, text out ─────────────────────────────────────────────────────────────────────
 
@@ -669,6 +671,7 @@ def load_file(  # noqa: PLR0913
     Raises: NotFound, BadOption, FormatError, UnsupportedModel.
     """
     file, wanted = open_gguf(path), Placement.of(options)
+    sources = [path] if projector is None else [path, projector]
     sight = None if projector is None else open_gguf(projector)
     infos = (info for one in (file, sight) if one for info in one.tensors.values())
     meter = Meter(sum(info.nbytes for info in infos) * (1 + passes(wanted)), told)
@@ -687,8 +690,10 @@ def load_file(  # noqa: PLR0913
         )
     place(net, path, wanted, meter.add, projector)
     if wanted.fast:
-        hasten(net, meter.add)
+        hasten(net, meter.add, sources)
     meter.finish()
     warn_if_not_exact()
     script = script_from(file.metadata)
-    return LoadedModel(net, tokenizer, defaults=options, slots=slots, script=script)
+    return LoadedModel(
+        net, tokenizer, defaults=options, slots=slots, script=script, sources=sources
+    )

@@ -89,18 +89,38 @@ def bench(model: str, depth: int, repeat: int, plain: bool, as_json: bool, **giv
 def warm(model: str) -> None:
     """Make a model ready to answer sooner on this machine.
 
-    MODEL is a name or the path of a .gguf file. Its blocks are compiled for this processor, which
-    needs a C++ compiler and some twenty seconds for each shape of block; a small model then writes
-    several times as fast. What is compiled is kept, and serves all models of the shape from then
-    on; one that a server has loaded takes it after `refollama stop MODEL`. Answers differ from
-    those before by rounding, where two words are as likely as each other.
+    MODEL is a name or the path of a .gguf file. What is made of its matrices is kept on disk, about
+    as large as the file, so that it is loaded sooner; it is removed when the file is gone. And its
+    blocks are compiled for this processor, which needs a C++ compiler and some twenty seconds for
+    each shape of block; a small model then writes several times as fast. What is compiled serves
+    all models of the shape from then on. A model that a server has loaded takes both after
+    `refollama stop MODEL`. Answers differ from those before by rounding, where two words are as
+    likely as each other.
     """
+    llm = _loaded(model)
+    size = _keep_copies(llm)
+    if size:
+        click.echo(
+            f"{terminal.human_size(size)} that were made of its matrices are kept for the next time"
+        )
+    _compile(model, llm)
+
+
+def _keep_copies(llm: LoadedModel) -> int:
+    from refollama.fast.copies import keep, kept
+
+    if kept(llm.sources):
+        return 0
+    with terminal.spinner("writing"):
+        return keep(llm.net, llm.sources)
+
+
+def _compile(model: str, llm: LoadedModel) -> None:
     from refollama.cachekind import CacheKind
     from refollama.fast import CompiledBlock
     from refollama.fast import warm as compile_blocks
     from refollama.fast.compiled import folder
 
-    llm = _loaded(model)
     blocks = llm.net.blk
     if all(isinstance(block, CompiledBlock) for block in blocks):
         click.echo(f"{model} is ready: its blocks were compiled before")
@@ -112,7 +132,7 @@ def warm(model: str) -> None:
     if not count:
         raise BadRequest(
             f"{model} has no blocks that can be compiled: experts, adapters, layers on a GPU, and "
-            "matrices in F32, Q2_K, Q3_K, IQ* or TQ* take the plain path"
+            "matrices in F32 take the plain path"
         )
     click.echo(f"{count} of {len(blocks)} blocks are compiled; what is kept lies in {folder()}")
     click.echo(f"It writes {_writes(llm):.0f} tokens/s; before, {before:.0f}.")

@@ -7,6 +7,7 @@
                          F32, and without memory    ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
          blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
+         copies, after it               ── mapped from where they were kept (copies.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
 for itself. Long prompts are read in slabs, as exactly as on the plain path; and so is everything
@@ -15,6 +16,7 @@ that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 
 from refollama.fast.choice import hasten, more_bytes
 from refollama.fast.compiled import CompiledBlock, warm
+from refollama.fast.copies import keep
 from refollama.fast.prepared import exactly
 
-__all__ = ["CompiledBlock", "exactly", "hasten", "more_bytes", "warm"]
+__all__ = ["CompiledBlock", "exactly", "hasten", "keep", "more_bytes", "warm"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from refollama.fast.compiled import join
+from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
-from refollama.fast.prepared import PreparedLinear
+from refollama.fast.prepared import Made, PreparedLinear
 from refollama.fast.slabs import SlabLinear, columns
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Llama
@@ -30,14 +32,16 @@ MEMINFO = Path("/proc/meminfo")
 log = logging.getLogger(__name__)
 
 
-def hasten(net: Llama, count: Count = unheard) -> None:
+def hasten(net: Llama, count: Count = unheard, sources: Sequence[Path] = ()) -> None:
     """Replace the matrices of a net by parts that are as good, and sooner done; blocks as well, if
     their like has been compiled.
 
     On a GPU and beside branches (LoRA) everything stays as it is. What would have to be copied, and
     finds no room, is unpacked slab by slab.
     count: is told the bytes of each matrix that is done.
+    sources: the files that it was loaded from, of which copies may be kept on disk.
     """
+    there = kept(sources) if sources else {}
     plain = {name: part for name, part in net.named_modules() if _can_be_replaced(part)}
     small = sum(map(unpacked_bytes, plain.values())) <= SMALL
     left = FOR_COPIES * available()
@@ -47,6 +51,8 @@ def hasten(net: Llama, count: Count = unheard) -> None:
         make = KeptLinear if small else _by_type if left >= 0 else SlabLinear
         faster = FastExperts(part, make) if isinstance(part, Experts) else make(part)
         setattr(net.get_submodule(owner), child, faster.train(part.training))
+        if not small:
+            _make_ready(name, faster, there)
         count(part.weight.nbytes)
     join(net)
     if left < 0:
@@ -58,12 +64,11 @@ def _can_be_replaced(part: nn.Module) -> TypeGuard[Linear | Experts]:
 
 
 def _by_type(part: Linear) -> Linear:
-    """What has to be packed anew is packed now, not before somebody's first token."""
     kind = type_of(part)
     if _fits_nibbles(part, kind):
-        return _ready(Int4Linear(part, kind))
+        return Int4Linear(part, kind)
     if kind in NATIVE or kind in COPIED:
-        return _ready(HalfLinear(part, kind))
+        return HalfLinear(part, kind)
     return SlabLinear(part)
 
 
@@ -73,9 +78,13 @@ def _fits_nibbles(part: Linear, kind: str) -> bool:
     return vectors and kind in LINES and len(part.weight) % ROWS == 0
 
 
-def _ready(part: PreparedLinear) -> PreparedLinear:
-    part.prepared()
-    return part
+def _make_ready(name: str, part: nn.Module, there: Mapping[str, Made]) -> None:
+    """What has to be packed anew is packed now, unless it was before."""
+    if isinstance(part, FastExperts):
+        for number, one in enumerate(part.each):
+            _make_ready(f"{name}.{number}", one, there)
+    if isinstance(part, PreparedLinear):
+        part.prepare_now(there.get(name))
 
 
 def available() -> float:

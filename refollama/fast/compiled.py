@@ -180,10 +180,21 @@ def _name(dtype: torch.dtype) -> str:
 # ── on disk ───────────────────────────────────────────────────────────────────────────────────
 
 
+def cache_folder(kind: str) -> Path:
+    """Where things of this kind are kept, that can be made anew."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "refollama" / kind
+
+
 def folder() -> Path:
     """Where routines are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "refollama" / "blocks"
+    return cache_folder("blocks")
+
+
+def is_ours(path: Path) -> bool:
+    """May nobody but its user have written it?  Raises: OSError if it is not there."""
+    stat = path.stat()
+    return not hasattr(os, "getuid") or (stat.st_uid == os.getuid() and not stat.st_mode & 0o022)
 
 
 def path_of(shape: Shape) -> Path:
@@ -207,11 +218,9 @@ def _digest(told: object) -> str:
 @cache
 def _loaded(path: Path) -> Routine | None:
     """The routine of a file; None if there is none that may be trusted and works."""
-    try:
-        stat = path.stat()
-    except OSError:
+    if not path.exists():
         return None
-    if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
+    if not is_ours(path):
         log.warning("%s is left alone: others than its user may write it", path)
         return None
     try:

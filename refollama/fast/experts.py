@@ -25,18 +25,18 @@ class FastExperts(Experts):
     def __init__(self, part: Experts, make: Make) -> None:
         super().__init__(part.weight, part.unpack)
         self._make = make
-        self._of, self._each = part.weight, [make(one) for one in matrices(part)]
+        self._of, self.each = part.weight, [make(one) for one in matrices(part)]
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         if self._of is not self.weight:
-            self._of, self._each = self.weight, [self._make(one) for one in matrices(self)]
-        found: Tensor = self._each[expert](x)
+            self._of, self.each = self.weight, [self._make(one) for one in matrices(self)]
+        found: Tensor = self.each[expert](x)
         return found
 
     @property
     def more_bytes(self) -> int:
         """What is kept beside the weight."""
-        return sum(one.more_bytes for one in self._each if isinstance(one, PreparedLinear))
+        return sum(one.more_bytes for one in self.each if isinstance(one, PreparedLinear))
 
 
 def matrices(part: Linear | Experts) -> list[Linear]:

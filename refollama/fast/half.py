@@ -44,6 +44,9 @@ class HalfLinear(PreparedLinear):
             place.copy_(self.unpack(some))
         return (matrix,)
 
+    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        return [(self.dtype, (len(self.weight), columns(self)))]
+
     def forward(self, x: Tensor) -> Tensor:
         if not may_round(x):
             return by_slabs(self, x)

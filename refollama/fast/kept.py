@@ -5,10 +5,12 @@ What is multiplied by is the same as on the plain path, and so is every bit of t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.slabs import columns
 
 
 class KeptLinear(PreparedLinear):
@@ -16,6 +18,9 @@ class KeptLinear(PreparedLinear):
 
     def prepare(self) -> Made:
         return (self.dense(),)
+
+    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        return [(torch.float32, (len(self.weight), columns(self)))]
 
     def forward(self, x: Tensor) -> Tensor:
         (matrix,) = self.prepared()

@@ -75,6 +75,12 @@ class Int4Linear(PreparedLinear):
         slabs = [_nibbles(some, self.kind) for some in torch.split(self.weight, rows)]
         return [torch.cat(parts, dim % 2) for dim, parts in enumerate(zip(*slabs, strict=True))]
 
+    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        rows, width = len(self.weight), columns(self)
+        laid = (torch.uint8, (rows, width // 2))
+        scales = (torch.bfloat16, (width // GROUP, rows, 2))
+        return [laid, scales] * (1 if LINES[self.kind][1] == 4 else 2)
+
     def forward(self, x: Tensor) -> Tensor:
         if not may_round(x):
             return by_slabs(self, x)

@@ -57,13 +57,24 @@ class PreparedLinear(Linear):
     def prepare(self) -> Made:
         """Those tensors, from the weight as it is now."""
 
+    @abstractmethod
+    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """The types and shapes of those tensors."""
+
+    def prepare_now(self, kept: Made | None = None) -> None:
+        """Not before somebody's first token.  kept: what was made of the same weight before; it is
+        taken, if it has the right form."""
+        if kept is None or [(one.dtype, tuple(one.shape)) for one in kept] != self.form():
+            self.prepared()
+            return
+        self._prepared = self.weight, self._age(), kept
+
     def prepared(self) -> Made:
         """Those tensors, for as long as the weight is the same and nobody writes into it.
 
         What is written behind torch's back (`weight.data`, numpy) does not show.
         """
-        age = 0 if self.weight.is_inference() else self.weight._version
-        old = self._prepared
+        age, old = self._age(), self._prepared
         if old is not None and old[0] is self.weight and old[1] == age:
             return old[2]
         # A tensor of inference mode would stop whoever wants to go backwards later.
@@ -71,6 +82,9 @@ class PreparedLinear(Linear):
             made = self.prepare()
         self._prepared = self.weight, age, made
         return made
+
+    def _age(self) -> int:
+        return 0 if self.weight.is_inference() else self.weight._version
 
     @property
     def more_bytes(self) -> int:
