@@ -7,7 +7,8 @@
                          F32, and without memory    ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
          blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
-         copies, after it               ── mapped from where they were kept (copies.py)
+         the same on a GPU ── matrices stay packed, launches are recorded (recorded.py)
+         copies, after it  ── mapped from where they were kept (copies.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
 for itself. Long prompts are read in slabs, as exactly as on the plain path; and so is everything

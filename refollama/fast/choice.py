@@ -19,11 +19,10 @@ from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear
-from refollama.fast.slabs import SlabLinear, columns
+from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Llama
 from refollama.models.meter import Count, unheard
-from refollama.weights.quants import Layout
 
 SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
 FOR_COPIES = 0.5  # of the memory that is available
@@ -110,12 +109,6 @@ def more_bytes(net: nn.Module) -> int:
     """What the fast parts of a net take beside its weights."""
     kinds = PreparedLinear | FastExperts
     return sum(part.more_bytes for part in net.modules() if isinstance(part, kinds))
-
-
-def type_of(part: Linear) -> str:
-    """How its matrix is packed, such as "Q4_0"; empty if nobody knows."""
-    layout = getattr(part.unpack, "__self__", None)
-    return layout.name if isinstance(layout, Layout) else ""
 
 
 def unpacked_bytes(part: Linear | Experts) -> int:

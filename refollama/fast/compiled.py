@@ -3,6 +3,8 @@
     refollama warm MODEL ── warm ── BlockStep, for each shape of block ── C++ ──► ~/.cache/refollama
     any load afterwards ─── join ── blocks of that shape ── that routine, when one token is written
 
+On a GPU matrices stay as they lie packed, and the routine unpacks each weight where it multiplies
+by it; its launches are recorded (`recorded.py`).
 Nothing is compiled while somebody waits for an answer, and without a compiler, or before `warm`,
 all goes on as it did. Prompts, gradients and whatever is done `with exactly():` take the blocks
 as they are; so does a block whose parts were replaced or hooked.
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +35,17 @@ from refollama.fast import step as source
 from refollama.fast.half import HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import Int4Linear
-from refollama.fast.prepared import FEW, PreparedLinear, may_round
-from refollama.fast.slabs import columns
-from refollama.fast.step import KEPT, NIBBLES, PRODUCTS, BlockStep, Shape
+from refollama.fast.prepared import FEW, Made, PreparedLinear, may_differ
+from refollama.fast.recorded import Recorded
+from refollama.fast.slabs import columns, type_of
+from refollama.fast.step import KEPT, NIBBLES, PACKED, PRODUCTS, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
+from refollama.models.layers import Linear
 from refollama.models.llama import Block, Llama, Step
 from refollama.models.meter import Told, unheard
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
+PACKED_ON = ("cuda",)  # where products are made of packed rows
 CACHES = (torch.float16, torch.float32)  # what keys and values may be kept as
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -78,7 +84,9 @@ class CompiledBlock(Block):
         return y
 
     def _routine_for(self, x: Tensor, step: Step) -> Routine | None:
-        if x.shape[1] != 1 or type(step.cache) is not Rows or not may_round(x):
+        if x.shape[1] != 1 or type(step.cache) is not Rows or not may_differ(x):
+            return None
+        if x.device.type != self.shape.device:
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for *_, weight, _ in self._parts):
             return None
@@ -122,7 +130,7 @@ class CompiledBlock(Block):
             step.cos[rows, 0, 0],
             step.sin[rows, 0, 0],
             step.positions[rows, 0],
-            step.cache.slots[rows],
+            step.cache.slots[rows].to(x.device),
             step.visible[rows, 0],
         )
         memory = step.cache.cache
@@ -135,20 +143,31 @@ def _weights(block: Block) -> Iterator[Tensor]:
     """In the order of `BlockStep.forward`."""
     yield from (block.attn_norm.weight, block.ffn_norm.weight)
     for part in _products(block):
-        yield from part.prepared()
+        yield from _made_of(part)
 
 
-def _products(block: Block) -> list[PreparedLinear]:
+def _products(block: Block) -> list[Linear]:
+    """Those parts that routines can multiply by."""
     parts = [getattr(block, name) for name in PRODUCTS]
-    return [part for part in parts if isinstance(part, PreparedLinear)]
+    return [part for part in parts if isinstance(part, PreparedLinear) or _stays_packed(part)]
+
+
+def _stays_packed(part: nn.Module) -> TypeGuard[Linear]:
+    if type(part) is not Linear or part.weight.device.type not in PACKED_ON:
+        return False
+    return type_of(part) != ""
+
+
+def _made_of(part: Linear) -> Made:
+    return part.prepared() if isinstance(part, PreparedLinear) else (part.weight,)
 
 
 # ── which blocks ──────────────────────────────────────────────────────────────────────────────
 
 
 def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
-    """What its routine depends on; None for a block that has none: experts, adapters, biases, a
-    GPU, and matrices that are unpacked slab by slab."""
+    """What its routine depends on; None for a block that has none: experts, adapters, biases, and
+    matrices that are unpacked slab by slab."""
     if type(block) not in (Block, CompiledBlock):
         return None
     assert isinstance(block, Block)
@@ -158,18 +177,21 @@ def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
     return Shape(
         tuple((len(part.weight), columns(part)) for part in parts),
         tuple(_kind(part) for part in parts),
-        tuple(len(part.prepared()) for part in parts),
+        tuple(len(_made_of(part)) for part in parts),
         block.sizes.n_kv_heads,
         config.d_head,
         config.d_value,
         config.d_rotated,
         config.norm_eps,
         _name(dtype),
+        block.attn_norm.weight.device.type,
     )
 
 
-def _kind(part: PreparedLinear) -> str:
-    kinds = {KeptLinear: KEPT, Int4Linear: NIBBLES}
+def _kind(part: Linear) -> str:
+    if _stays_packed(part):
+        return PACKED + type_of(part)
+    kinds: dict[type[Linear], str] = {KeptLinear: KEPT, Int4Linear: NIBBLES}
     return _name(part.dtype) if isinstance(part, HalfLinear) else kinds[type(part)]
 
 
@@ -199,11 +221,14 @@ def is_ours(path: Path) -> bool:
 
 def path_of(shape: Shape) -> Path:
     """Of this shape, for this processor, by this torch and this code."""
-    return folder() / f"{_maker()}-{_digest(asdict(shape))}.pt2"
+    return folder() / f"{_maker(shape.device)}-{_digest(asdict(shape))}.pt2"
 
 
 @cache
-def _maker() -> str:
+def _maker(device: str = "cpu") -> str:
+    if device == "cuda":
+        properties = [torch.cuda.get_device_name(), torch.version.cuda]
+        return _digest([*properties, torch.__version__, inspect.getsource(source)])
     processor = platform.processor() or platform.machine()
     if CPUINFO.exists():
         lines = CPUINFO.read_text().splitlines()
@@ -216,7 +241,7 @@ def _digest(told: object) -> str:
 
 
 @cache
-def _loaded(path: Path) -> Routine | None:
+def _loaded(path: Path, device: str = "cpu") -> Routine | None:
     """The routine of a file; None if there is none that may be trusted and works."""
     if not path.exists():
         return None
@@ -225,7 +250,9 @@ def _loaded(path: Path) -> Routine | None:
         return None
     try:
         # What torch's own reader of packages is built on; that takes two seconds to import.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        # For a recording it must not ask the GPU, between its steps, whether it has ended.
+        alone = device == "cuda"
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1, -1)
     except (RuntimeError, AttributeError) as problem:
         log.warning("%s is no routine of a block: %s", path, str(problem).split("\n")[0])
         return None
@@ -243,8 +270,10 @@ def join(net: Llama) -> int:
         if shape is None:
             continue
         shapes = {dtype: replace(shape, cache=_name(dtype)) for dtype in CACHES}
-        found = {dtype: _loaded(path_of(one)) for dtype, one in shapes.items()}
+        found = {dtype: _loaded(path_of(one), one.device) for dtype, one in shapes.items()}
         routines = {dtype: one for dtype, one in found.items() if one is not None}
+        if shape.device == "cuda":
+            routines = {dtype: Recorded(one) for dtype, one in routines.items()}
         if routines:
             assert isinstance(block, Block)
             net.blk[index] = CompiledBlock(block, shape, routines)
@@ -270,8 +299,9 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
             _compile(block, shape)
             _loaded.cache_clear()
         told(done + 1, len(blocks))
+    makers = tuple(map(_maker, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)))
     for old in folder().glob("*.pt2") if blocks else ():
-        if not old.name.startswith(_maker()):
+        if not old.name.startswith(makers):
             old.unlink(missing_ok=True)
     return join(net)
 
@@ -312,8 +342,8 @@ def _check_compiler() -> None:
 def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[object, ...]]:
     """Arguments for `BlockStep.forward`, and which of their sizes may be others."""
     B, slots, room, dtype = 2, 3, 2 * PIECE, getattr(torch, shape.cache)
-    products = tuple(tuple(part.prepared()) for part in _products(block))
-    given = (
+    products = tuple(tuple(_made_of(part)) for part in _products(block))
+    fresh = (
         torch.randn(B, shape.sizes[0][1]),
         *torch.randn(2, B, shape.d_rotated // 2),
         torch.tensor([5, 9]),
@@ -321,10 +351,9 @@ def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[obje
         torch.ones(B, PIECE, dtype=torch.bool),
         torch.zeros(slots, shape.n_kv_heads, room, shape.d_head, dtype=dtype),
         torch.zeros(slots, shape.n_kv_heads, room, shape.d_value, dtype=dtype),
-        block.attn_norm.weight,
-        block.ffn_norm.weight,
-        products,
     )
+    norms = block.attn_norm.weight, block.ffn_norm.weight
+    given = (*(one.to(norms[0].device) for one in fresh), *norms, products)
     few = torch.export.Dim("B", min=1, max=FEW)
     seen, had, places = (torch.export.Dim(name, min=1) for name in ("S", "slots", "room"))
     rows: tuple[object, ...] = ({0: few},) * 5

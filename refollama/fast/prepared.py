@@ -27,13 +27,18 @@ def exactly() -> Iterator[None]:
         _wanted_exact.reset(before)
 
 
-def may_round(x: Tensor) -> bool:
-    """Are these few tokens of each row, in a place where a rounded product will do?
+def may_differ(x: Tensor) -> bool:
+    """Are these few tokens of each row, in a place where rounding as others do will do?
 
-    (B, T, in), or (B, in) where T is 1. Nobody can go backwards through a rounded product.
+    (B, T, in), or (B, in) where T is 1. Nobody can go backwards through what takes another way.
     """
     few = x.dim() < 3 or x.shape[-2] <= FEW
-    return few and not _wanted_exact.get() and not x.requires_grad and x.device.type == "cpu"
+    return few and not _wanted_exact.get() and not x.requires_grad
+
+
+def may_round(x: Tensor) -> bool:
+    """The same, of what was made for the CPU."""
+    return may_differ(x) and x.device.type == "cpu"
 
 
 def in_parts(x: Tensor, width: int, times: Callable[[Tensor], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from refollama.models.layers import Linear
+from refollama.weights.quants import Layout
 
 SLAB = 1 << 20  # weights: four megabytes of float32
 
@@ -21,6 +22,12 @@ SLAB = 1 << 20  # weights: four megabytes of float32
 def columns(part: Linear) -> int:
     """How wide its matrix is: what its first row unpacks to."""
     return part.unpack(part.weight[:1]).shape[-1]
+
+
+def type_of(part: Linear) -> str:
+    """How its matrix is packed, such as "Q4_0"; empty if nobody knows."""
+    layout = getattr(part.unpack, "__self__", None)
+    return layout.name if isinstance(layout, Layout) else ""
 
 
 def by_slabs(part: Linear, x: Tensor) -> Tensor:

@@ -20,9 +20,13 @@ from torch.nn import functional
 from refollama.fast.nibbles import GROUP
 from refollama.fast.prepared import Made
 from refollama.models.layers import rotate
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.quants import LAYOUTS
 
 PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-KEPT, NIBBLES = "float32", "nibbles"  # kinds of products; the others are names of 16-bit types
+# Kinds of products; the others are names of 16-bit types.
+KEPT, NIBBLES = "float32", "nibbles"
+PACKED = "packed "  # and the type of the rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Shape:
     """All that decides the routine of a block, but for the processor and torch."""
 
     sizes: tuple[tuple[int, ...], ...]  # (out, in) of each product
-    kinds: tuple[str, ...]  # of each product: KEPT, NIBBLES, "float16", "bfloat16"
+    kinds: tuple[str, ...]  # of each product: KEPT, NIBBLES, "float16", "packed Q4_0", …
     tensors: tuple[int, ...]  # that each product is made with
     n_kv_heads: int
     d_head: int
@@ -38,6 +42,7 @@ class Shape:
     d_rotated: int
     eps: float
     cache: str  # the type of keys and values: "float16", "float32"
+    device: str = "cpu"  # or "cuda"
 
     @property
     def at_once(self) -> bool:
@@ -82,7 +87,7 @@ class BlockStep(nn.Module):
         q = rotate(self._times(y, products, 0).view(B, -1, D), cos, sin)  # (B, H, D)
         k = rotate(self._times(y, products, 1).view(B, Hk, D), cos, sin)
         v = self._times(y, products, 2).view(B, Hk, -1)
-        places = slots[:, None], torch.arange(Hk), positions[:, None]
+        places = slots[:, None], torch.arange(Hk, device=x.device), positions[:, None]
         keys.index_put_(places, k.to(keys.dtype))
         values.index_put_(places, v.to(values.dtype))
         S = visible.shape[1]
@@ -105,6 +110,10 @@ class BlockStep(nn.Module):
             times = torch.ops.aten._weight_int4pack_mm_for_cpu
             parts = [times(few, q, GROUP, scales).float() for q, scales in pairs]
             return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if kind.startswith(PACKED):
+            # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
+            matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
+            return (x[:, None] * matrix).sum(-1)
         return functional.linear(x.to(made[0].dtype), made[0]).float()
 
 

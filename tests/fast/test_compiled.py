@@ -14,6 +14,7 @@ import refollama
 from refollama.cli import cli
 from refollama.fast import CompiledBlock, exactly, hasten, warm
 from refollama.fast.compiled import _loaded, folder, join, path_of, shape_of
+from refollama.fast.recorded import MOST, Recorded
 from refollama.fast.step import BlockStep
 from refollama.models.layers import Linear
 from refollama.models.load import load_net
@@ -297,6 +298,19 @@ def test_a_weight_of_another_size_ends_the_routine(cold):
     assert not calls
 
 
+def routine_of(its):
+    """A routine that is not compiled."""
+
+    def run(given):
+        products, rest = [], list(given[10:])
+        for count in its.tensors:
+            products.append(rest[:count])
+            del rest[:count]
+        return [BlockStep(its)(*given[:10], products)]
+
+    return run
+
+
 def test_a_step_of_tensors_is_the_step_of_the_block(cold):
     """What is compiled, uncompiled: the same as `Block.forward`."""
     net = net_of(cold)
@@ -304,16 +318,107 @@ def test_a_step_of_tensors_is_the_step_of_the_block(cold):
     theirs = written(net, ids, dtype=torch.float32)
     for index, block in enumerate(net.blk):
         its = shape(block, torch.float32)
-
-        def run(given, its=its):
-            products, rest = [], list(given[10:])
-            for count in its.tensors:
-                products.append(rest[:count])
-                del rest[:count]
-            return [BlockStep(its)(*given[:10], products)]
-
-        net.blk[index] = CompiledBlock(block, its, {torch.float32: run})
+        net.blk[index] = CompiledBlock(block, its, {torch.float32: routine_of(its)})
     torch.testing.assert_close(written(net, ids, dtype=torch.float32), theirs, atol=1e-5, rtol=1e-5)
+
+
+# ── for GPUs, here on the CPU ─────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def packed(monkeypatch, tmp_path) -> Any:
+    """A net whose matrices stay packed, as on a GPU."""
+    monkeypatch.setattr("refollama.fast.compiled.PACKED_ON", ("cpu",))
+    return load_net(write_model(tmp_path / "m.gguf", type="Q4_0", **WIDE))
+
+
+def with_routines(net, around):
+    """The same, each block with what is compiled, uncompiled."""
+    net = copy.deepcopy(net)
+    for index, block in enumerate(net.blk):
+        its = shape(block, torch.float32)
+        assert set(its.kinds) == {"packed Q4_0"}
+        net.blk[index] = CompiledBlock(block, its, {torch.float32: around(routine_of(its))})
+    return net
+
+
+def played(run):
+    """What a recording does, done again for every time."""
+    result = run()
+
+    def play():
+        for place, one in zip(result, run(), strict=True):
+            place.copy_(one)
+
+    return play, result
+
+
+def test_a_step_of_packed_rows_is_the_step_of_the_block(packed):
+    ids = some_tokens(20).tolist()
+    ours = written(with_routines(packed, lambda run: run), ids, dtype=torch.float32)
+    theirs = written(packed, ids, dtype=torch.float32)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_recorded_step_is_the_step(packed):
+    """Over a cache that grows, for several numbers of rows, and in another cache."""
+    runs: list[Any] = []
+
+    def record(run):
+        runs.append(run)
+        return played(run)
+
+    net = with_routines(packed, lambda run: Recorded(run, record))
+    plain = with_routines(packed, lambda run: run)
+    ids = some_tokens(600).tolist()
+    assert torch.equal(
+        written(net, ids, dtype=torch.float32), written(plain, ids, dtype=torch.float32)
+    )
+    assert len(runs) == 3 * len(net.blk)  # one for each length of the cache that is looked at
+    for slots in (3, 1):
+        some = written(net, ids[:5], slots=slots, dtype=torch.float32)
+        assert torch.equal(some, written(plain, ids[:5], slots=slots, dtype=torch.float32))
+
+
+def test_recordings_are_few_and_give_tensors_of_their_own():
+    routine = Recorded(lambda given: [given[0] * given[-1]], played)
+    weight, rest = torch.tensor(2.0), [torch.zeros(1)] * 5
+    first = routine([torch.ones(1), *rest, weight])
+    second = routine([torch.ones(1) * 3, *rest, weight])
+    assert (first[0].item(), second[0].item()) == (2, 6)
+    weight.fill_(5)
+    assert routine([torch.ones(1), *rest, weight])[0].item() == 5
+    assert routine([torch.ones(1), *rest, torch.tensor(7.0)])[0].item() == 7
+    for size in range(40):
+        assert len(routine([torch.ones(size), *rest, weight])[0]) == size
+    assert len(routine._kept) <= MOST
+
+
+@compiler
+@slow
+def test_a_block_of_packed_rows_can_be_compiled(packed, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert warm(packed) == len(packed.blk)
+    ids = some_tokens(40).tolist()
+    ours, theirs = (written(one, ids) for one in (packed, as_it_was(packed)))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "F16"])
+def test_on_a_gpu_a_block_is_compiled_and_recorded(monkeypatch, tmp_path, type):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    net: Any = load_net(write_model(tmp_path / "m.gguf", type=type, **WIDE))
+    ids = some_tokens(300).tolist()
+    theirs = written(net, ids)
+    for block in net.blk:
+        block.to("cuda")
+    assert warm(net) == len(net.blk)
+    kl = theirs.double().log_softmax(-1)
+    ours = written(net, ids).double().log_softmax(-1)
+    assert (kl.exp() * (kl - ours)).sum(-1).mean() < 1e-4
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────

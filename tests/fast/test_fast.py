@@ -8,12 +8,12 @@ import torch
 import refollama
 from refollama.fable.bundled import FOLDER
 from refollama.fast import exactly, hasten, more_bytes
-from refollama.fast.choice import copied_bytes, type_of
+from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.nibbles import LINES, Int4Linear
-from refollama.fast.slabs import SlabLinear
+from refollama.fast.slabs import SlabLinear, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.load import load_net
 from refollama.models.lora import Branch, LoraLinear, adapt
