@@ -224,7 +224,7 @@ def required() -> dict[str, list[str]]:
         "tokenizers": [f"kind {kind}" for kind in kinds()],
         "word patterns": [name for name in PATTERNS if name in CUTS.values()],
         "models": list(VARIANTS),
-        "fast parts": [*LINES, *NATIVE, *COPIED],
+        "fast parts": list(dict.fromkeys((*LINES, *NATIVE, *COPIED))),
         "options": [field.name for field in dataclasses.fields(Options)],
     }
 
