@@ -152,7 +152,9 @@ def contradictions(story: str, wishes: Sequence[str] = ()) -> list[str]:
     if not names or not animals:
         return ["no hero"]
     name, animal = names[0], animals[0]
-    colours = set(re.findall(rf"\b{name} (?:was|had an?) ({_ANY_COLOUR})\b", story))
+    colours = set(
+        re.findall(rf"\b{name}(?: the {animal})? (?:was|had an?) ({_ANY_COLOUR})\b", story)
+    )
     colours |= set(re.findall(rf"\b({_ANY_COLOUR}) {animal}\b", story))
     called = re.findall(rf"\b{name} the (?:(?:{_ANY_COLOUR}) )?({_ANY_ANIMAL})\b", story)
     problems = [f"names: {names}"] * (len(set(names)) != 2)

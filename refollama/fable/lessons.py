@@ -23,6 +23,7 @@ from refollama.messages import Message
 LONGEST = 1500  # characters; some 400 tokens
 MOST_TURNS = 14
 TRIES = 4  # to find a question that was not answered before
+DRILLED = 2  # more questions of a drill
 CROWD = 30  # names and animals in one conversation, after which no more come
 
 # ── styles: what a system message may ask for ─────────────────────────────────────────────────
@@ -129,14 +130,30 @@ def conversation(seed: int, index: int, held: bool = False) -> Conversation:
     return Conversation(session.system, session.style.__name__, tuple(session.turns))
 
 
-class Session:
-    """A conversation in the making: what has been told so far, and by whom."""
+def drill(seed: int, index: int) -> Conversation:
+    """Of all conversations the simplest: some animals, and questions about them.
 
-    def __init__(self, rng: Random, held: bool) -> None:
+    Which of them, and what of it?  Whoever looks that up finds most else in the same way; among
+    all other lessons it is found late.
+    """
+    session = Session(Random(f"{seed}:{index}:drill"), held=False, bare=True)
+    session.say(session.read_passage())
+    for _ in range(DRILLED):
+        session.say(session.ask_again())
+    return Conversation("", plainly.__name__, tuple(session.turns))
+
+
+class Session:
+    """A conversation in the making: what has been told so far, and by whom.
+
+    bare: without a system message.
+    """
+
+    def __init__(self, rng: Random, held: bool, *, bare: bool = False) -> None:
         self.rng, self.held = rng, held
         self.style: Style = plainly
         self.name = ""  # another name for fable
-        self.system = self._system() if rng.random() < SYSTEMS else ""
+        self.system = self._system() if not bare and rng.random() < SYSTEMS else ""
         self.story: stories.Story | None = None
         self.passage: list[stories.Hero] = []  # those of the last one
         self.answered: set[str] = set()
@@ -159,7 +176,11 @@ class Session:
 
     def turn(self) -> bool:
         """One question and its answer; False if it would be too long."""
-        said = self._styled(self._lesson())
+        return self.say(self._lesson())
+
+    def say(self, asked: Exchange) -> bool:
+        """The same of a lesson that is given."""
+        said = self._styled(asked)
         self.length += len(said.user) + len(said.answer)
         if self.turns and self.length > LONGEST:
             return False
@@ -171,8 +192,8 @@ class Session:
         """Whatever fits what has been told."""
         lessons = {
             self._known: 5,
-            self._passage: 2 if len(self.known) < CROWD else 0,
-            self._again: 8 if self.passage else 0,
+            self.read_passage: 2 if len(self.known) < CROWD else 0,
+            self.ask_again: 8 if self.passage else 0,
             self._state: 3 if len(self.told) < 5 else 0,
             self._recall: 10 if self.told else 1,
             self._change: 1 if self.told else 0,
@@ -201,12 +222,14 @@ class Session:
             return replace(said, answer=f"I am {self.name}.", word=self.name)
         return said
 
-    def _passage(self) -> Exchange:
+    def read_passage(self) -> Exchange:
+        """Some animals in a few words, and a question about one."""
         said, self.passage = stories.passage(self.rng, self.held, self.known)
         self._meet(*self.passage)
         return said
 
-    def _again(self) -> Exchange:
+    def ask_again(self) -> Exchange:
+        """Another question about those."""
         return self._fresh(lambda: stories.about(self.rng, self.rng.choice(self.passage)))
 
     def _state(self) -> Exchange:

@@ -21,6 +21,7 @@ from refollama.kvcache import KVCache, Rows
 from refollama.models.config import ModelConfig, RopeConfig
 from refollama.models.layers import Embedding, Experts, Linear, RMSNorm, Rope, rotate
 from refollama.models.llama import Block, Llama, Step
+from refollama.text.spm import SPACE
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import pack
 
@@ -45,13 +46,24 @@ QUERIES = 128  # at a time
 ALIKE = 0.7  # how much of keys is queries at first, and of writing is reading
 EMBEDDING_SPREAD = 0.04  # tied: as rows of the output they give logits of about ½ at first
 
+SPELLED_ALIKE = 0.8  # how much of an embedding is that of the word in another spelling
+
 # How heads look things up at first.  Tuned by what a net knows after 300 steps.
 LOUDER = 7.5  # the residual stream, to which blocks add some tenths; the last norm takes it back
 CONSTANT = 0.5  # the part that all embeddings share, by the size of what tells them apart
 SHARPNESS = 6.0  # of the score, for each pair that turns: how surely a head looks so far back
 TURNING = 5  # pairs: enough to tell near from far, over some 500 tokens
-BACK = (1, 2)  # tokens that the first two heads look back
 NOTED, LIKENESS, SAID = 0.5, 2.0, 0.5  # sizes of what they write, of queries and keys, of answers
+
+# What the heads of the first block note: the tokens so far back.
+BACK = (1, 2, 3, 4)
+# What those of the next blocks look for, by block, group and head: (2, 0) is a place where stood
+# what is two before this token; of several pairs each counts, so that what stood there with the
+# same words before it counts most.  All heads of a group have the same second numbers to look at.
+LOOKED_UP = (
+    ((((0, 1), (1, 2), (2, 3)), ((0, 1), (1, 3))), (((2, 0),), ((3, 0),))),
+    ((((0, 1), (1, 2), (2, 3)), ((2, 2), (0, 1))), (((3, 0),), ((4, 0),))),
+)
 
 
 def sizes(**changes: int | float) -> dict[str, Any]:
@@ -65,6 +77,7 @@ def new_net(
     """A model that has learned nothing yet, of the sizes that the metadata names."""
     config = ModelConfig.from_metadata(metadata)
     net = Llama(config, NewParts(n_vocab, len(config.layers), seed, device), Learner)
+    begin_alike(net.token_embd.weight, metadata["tokenizer.ggml.tokens"])
     begin_by_copying(net)
     begin_by_looking_up(net, seed)
     return net
@@ -90,62 +103,95 @@ def begin_by_copying(net: Llama) -> None:
 
 
 @torch.no_grad()
+def begin_alike(table: Tensor, words: Sequence[str]) -> None:
+    """tim, Tim and TIM begin as nearly the same word, so that heads find one by another.
+
+    Shapes: table (V, d_model), a row for each token; words: the tokens as they are spelled.
+    """
+    first: dict[str, int] = {}
+    like = [first.setdefault(word.strip(SPACE).lower(), id) for id, word in enumerate(words)]
+    like = [id if id < len(table) else 0 for id in like[: len(table)]]
+    some, size = table[: len(like)], table.norm(dim=1, keepdim=True)[: len(like)]
+    mixed = (1 - SPELLED_ALIKE**2) ** 0.5 * some + SPELLED_ALIKE * some[like]
+    some.copy_(mixed / mixed.norm(dim=1, keepdim=True) * size)
+
+
+@torch.no_grad()
 def begin_by_looking_up(net: Llama, seed: int) -> None:
     """The first blocks begin with heads that find again what was said with a word before.
 
-        block 0   two heads look one and two tokens back, and note what stands there
-        block 1   where stood this token one before?  two before?   (what follows it, then?)
-        block 2   where stood what is two before this one?  one before?
+        block 0   its heads look one, two, three and four tokens back, and note what stands there
+        others    look where something stood that stands here, or did so many tokens ago
 
     Neither half of such a pair is of any use without the other, so that gradients find it late: a
     list of words that was said once is repeated after 60 steps, in more than half of its words; a
-    net from random weights then repeats less than a tenth of them.
+    net from random weights then repeats less than a tenth of them. In "Ann the owl is grey. Tim
+    the fox is red. What is the fox called? The fox is called" a head that looks for what stands
+    two before finds the fox; two before that, as was noted there, stands Tim.
     Source: Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv 2209.11895.
     """
     rng = torch.Generator().manual_seed(seed)
     D, M = net.config.d_head, net.config.d_model
-    if 1 + 3 * D > M:
-        raise ValueError(f"heads of {D} have no room for what they note in a stream of {M}")
+    room = min(D, (M - 1) // (1 + len(BACK)))
+    if room < 8:
+        raise ValueError(f"a stream of {M} has no room for what {len(BACK)} heads note")
     directions = _orthogonal(M, rng)
     constant = directions[:1]
-    # (D, M) each: a token itself, the one before it, the one before that
-    spaces = [directions[1:][_part(back, D)] for back in range(3)]
+    # (room, M) each: a token itself, the one before it, the one before that, and so on
+    spaces = [directions[1:][_part(back, room)] for back in range(1 + len(BACK))]
     table = net.token_embd.weight
     table.sub_(table @ constant.T @ constant).add_(CONSTANT * EMBEDDING_SPREAD * M**0.5 * constant)
     table.mul_(LOUDER)
     net.output_norm.weight.div_(LOUDER)
     first, *others = (block for block in net.blk if isinstance(block, Block))
     _look_back(first, net.rope, constant[0], spaces)
-    for block, pairs in zip(others, (((0, 1), (0, 2)), ((2, 0), (1, 0))), strict=False):
-        for group, (here, there) in enumerate(pairs):
-            said = _orthogonal(M, rng)[:D]
-            _match(block, group, spaces[here], spaces[there], said)
+    for block, groups in zip(others, LOOKED_UP, strict=False):
+        for group, heads in enumerate(groups):
+            _match(block, group, heads, spaces, rng)
 
 
 def _look_back(block: Block, rope: Rope, constant: Tensor, spaces: Sequence[Tensor]) -> None:
-    """The heads of group 0: scores depend on the distance alone, highest so many tokens back."""
-    D = block.config.d_head
+    """Scores of a head depend on the distance alone, highest so many tokens back."""
+    D, heads = block.config.d_head, block.config.n_heads // block.config.n_kv_heads
     strength = CONSTANT * block.config.d_model**0.5 / (1 + CONSTANT**2) ** 0.5  # after the norm
     key = torch.zeros(D)
     key[: 2 * TURNING : 2] = (SHARPNESS * D**0.5) ** 0.5 / strength
-    block.attn_k.weight[:D] = torch.outer(key, constant)
-    block.attn_v.weight[:D] = spaces[0]
     for head, (back, space) in enumerate(zip(BACK, spaces[1:], strict=True)):
+        its, group = _part(head, D), _part(head // heads, D)
         cos, sin = rope(torch.tensor(-back))
-        its = _part(head, D)
         block.attn_q.weight[its] = torch.outer(rotate(key, cos[0], sin[0]), constant)
-        block.attn_output.weight[:, its] = NOTED * space.T
+        block.attn_k.weight[group] = torch.outer(key, constant)
+        block.attn_v.weight[group] = _last(spaces[0], D)
+        block.attn_output.weight[:, its] = NOTED * _last(space, D).T
 
 
-def _match(block: Block, group: int, here: Tensor, there: Tensor, said: Tensor) -> None:
-    """The heads of a group look where `there` is what `here` is now, and say what they see."""
-    D, heads = block.config.d_head, block.config.n_heads // block.config.n_kv_heads
-    still = torch.arange(D)[:, None] >= 2 * TURNING  # what turns is not alike from afar
-    block.attn_k.weight[_part(group, D)] = LIKENESS * there * still
+def _match(
+    block: Block,
+    group: int,
+    heads: Sequence[Sequence[tuple[int, int]]],
+    spaces: Sequence[Tensor],
+    rng: torch.Generator,
+) -> None:
+    """The heads of a group look where `there` is what `here` is now, for each of their pairs, and
+    say what they see."""
+    D, M = block.config.d_head, block.config.d_model
+    room, still = len(spaces[0]), D - 2 * TURNING  # what turns is not alike from afar
+    seen = sorted({there for pairs in heads for _, there in pairs})
+    # All of it shares one key, each through directions of its own.
+    turned = {there: _orthogonal(room, rng)[:still] for there in seen}
+    key = torch.stack([turned[there] @ spaces[there] for there in seen]).sum(0)
+    said = _orthogonal(M, rng)[:D]
+    block.attn_k.weight[_part(group, D)] = LIKENESS * _last(key, D)
     block.attn_v.weight[_part(group, D)] = said
-    for head in range(group * heads, (group + 1) * heads):
-        block.attn_q.weight[_part(head, D)] = LIKENESS * here * still
-        block.attn_output.weight[:, _part(head, D)] = SAID / heads * said.T
+    for head, pairs in enumerate(heads, group * len(heads)):
+        query = torch.stack([turned[there] @ spaces[here] for here, there in pairs]).sum(0)
+        block.attn_q.weight[_part(head, D)] = LIKENESS * _last(query, D)
+        block.attn_output.weight[:, _part(head, D)] = SAID / len(heads) * said.T
+
+
+def _last(some: Tensor, rows: int) -> Tensor:
+    """So many rows, of which these are the last, and all others nothing."""
+    return functional.pad(some, (0, 0, rows - len(some), 0))
 
 
 def _part(number: int, size: int) -> slice:

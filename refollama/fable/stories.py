@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from refollama.fable.exchange import Exchange, capital, choose
 from refollama.fable.world import (
@@ -34,6 +35,17 @@ from refollama.fable.world import (
 HEROES = ANIMALS + PEOPLE
 
 
+class Tense(NamedTuple):
+    """The verbs of what is asked."""
+
+    be: str
+    have: str
+    live: str
+
+
+PRESENT, PAST = Tense("is", "has", "lives"), Tense("was", "had", "lived")
+
+
 @dataclass(frozen=True, slots=True)
 class Hero:
     """Somebody in a story.  A child is no colour; it wears a coat of that colour."""
@@ -53,11 +65,16 @@ class Hero:
     def is_child(self) -> bool:
         return self.animal in PEOPLE
 
-    def looks(self) -> str:
-        """'Tim was red', 'Ann had a red coat'."""
-        return f"{self.name} " + (
-            f"had {a(self.colour)} coat" if self.is_child else f"was {self.colour}"
-        )
+    @property
+    def subjects(self) -> tuple[tuple[str, str], ...]:
+        """How a question may name it, and how its answer begins then: in the words of the text,
+        that what follows can be read off it."""
+        return (self.name, self.in_full), (f"the {self.animal}", f"The {self.animal}")
+
+    def coloured(self, tense: Tense) -> str:
+        """'was red', 'had a red coat'."""
+        coat = f"{tense.have} {a(self.colour)} coat"
+        return coat if self.is_child else f"{tense.be} {self.colour}"
 
     def kind(self) -> str:
         """'red fox'; a child's colour goes unsaid."""
@@ -143,30 +160,32 @@ def story(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) ->
 def _filled(part: str, one: Hero, other: Hero, words: dict[str, str]) -> str:
     return part.format(
         N=one.name,
-        a_hero=a(f"{one.virtue} {one.kind()}"),
         a_virtue=a(f"{one.virtue} {one.animal}"),
+        A_virtue=capital(a(f"{one.virtue} {one.animal}")),
         kind=one.kind(),
         animal=one.animal,
-        looks=one.looks(),
+        looks=f"{one.in_full} {one.coloured(PAST)}",
         place=at(one.place),
         F=other.name,
-        a_friend=a(other.kind()),
+        a_friend=a(other.animal),
         friend=other.animal,
-        wears=f" {other.name} had {a(other.colour)} coat." if other.is_child else "",
+        friend_looks=f"{other.in_full} {other.coloured(PAST)}",
         **words,
     )
 
 
 OPENINGS = (
     "Once upon a time there was {a_virtue} called {N}. {looks} and lived {place}.",
-    "Once there was {a_virtue} {place}. The name of the {animal} was {N}. {looks}.",
-    "{N} was {a_virtue}. {looks}. The {animal} lived {place}.",
+    "Once there was {a_virtue} {place}. The {animal} was called {N}. {looks}.",
+    "{A_virtue} was called {N}. {looks}. The {animal} lived {place}.",
     "Long ago {a_virtue} lived {place}. The {animal} was called {N}. {looks}.",
 )
 MEETINGS = (
-    "One {weather} {day}, {N} met {a_friend} called {F}.{wears}",
-    "It was {day}, and it was {weather}. {N} went out and met {F}, {a_friend}.{wears}",
-    "On a {weather} {day} the {animal} met {a_friend}. The {friend} was called {F}.{wears}",
+    "One {weather} {day}, {N} met {a_friend} called {F}. {friend_looks}.",
+    "It was {day}, and it was {weather}. {N} went out and met {a_friend} called {F}. "
+    "{friend_looks}.",
+    "On a {weather} {day} the {animal} met {a_friend}. The {friend} was called {F}. "
+    "{friend_looks}.",
 )
 PLOTS = {
     "lost": (
@@ -267,7 +286,7 @@ def ask_name(rng: Random, told: Story) -> Exchange:
     if one is told.hero:
         forms += ["Who is the hero?", "What is the hero's name?", "Who is the story about?"]
     user = rng.choice(forms).format(one.animal)
-    return Exchange("story: name", user, f"The {one.animal} is called {one.name}.", one.name)
+    return Exchange("story: name", user, f"The {one.animal} was called {one.name}.", one.name)
 
 
 def ask_animal(rng: Random, told: Story) -> Exchange:
@@ -278,38 +297,36 @@ def ask_animal(rng: Random, told: Story) -> Exchange:
 
 
 def ask_colour(rng: Random, told: Story) -> Exchange:
-    return colour_of(rng, _someone(rng, told), "story: colour")
+    return colour_of(rng, _someone(rng, told), PAST, "story: colour")
 
 
-def colour_of(rng: Random, one: Hero, lesson: str) -> Exchange:
+def colour_of(rng: Random, one: Hero, tense: Tense, lesson: str) -> Exchange:
     """What colour somebody is, by name or by kind; of a child, what colour its coat is."""
-    who = rng.choice((one.name, f"the {one.animal}"))
+    who, subject = rng.choice(one.subjects)
     if one.is_child:
         who += "'s coat"
     forms = ("What colour is {0}?", "What color is {0}?", "What colour was {0}?")
-    has = f"has {a(one.colour)} coat" if one.is_child else f"is {one.colour}"
-    answer = f"{one.in_full} {has}."
+    answer = f"{subject} {one.coloured(tense)}."
     return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.colour))
 
 
 def ask_place(rng: Random, told: Story) -> Exchange:
-    return place_of(rng, told.hero, "story: place")
+    return place_of(rng, told.hero, PAST, "story: place")
 
 
-def place_of(rng: Random, one: Hero, lesson: str) -> Exchange:
+def place_of(rng: Random, one: Hero, tense: Tense, lesson: str) -> Exchange:
     """Where somebody lives."""
-    who = rng.choice((one.name, f"the {one.animal}"))
+    who, subject = rng.choice(one.subjects)
     forms = ("Where does {0} live?", "Where did {0} live?", "Where is the home of {0}?")
-    answer = f"{one.in_full} lives {at(one.place)}."
+    answer = f"{subject} {tense.live} {at(one.place)}."
     return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.place))
 
 
 def ask_met(rng: Random, told: Story) -> Exchange:
-    one, other = told.hero, told.friend
-    who = rng.choice((one.name, f"the {one.animal}"))
+    who, subject = rng.choice(told.hero.subjects)
     forms = ("Who did {0} meet?", "Whom did {0} meet?", "Who is the friend of {0}?")
-    answer = f"{one.in_full} met {other.in_full}."
-    return Exchange("story: friend", rng.choice(forms).format(who), answer, other.name)
+    answer = f"{subject} met {told.friend.in_full}."
+    return Exchange("story: friend", rng.choice(forms).format(who), answer, told.friend.name)
 
 
 def ask_weather(rng: Random, told: Story) -> Exchange:
@@ -379,7 +396,7 @@ def ask_whether(rng: Random, told: Story) -> Exchange:
     else:
         other = rng.choice((one.place, rng.choice(list(PLACES))))
         user, right = f"Does {one.name} live {at(other)}?", other == one.place
-        reason = f"{one.in_full} lives {at(one.place)}"
+        reason = f"{one.in_full} lived {at(one.place)}"
     word = "yes" if right else "no"
     return Exchange("story: whether", user, f"{reason}, so {word}.", capital(word))
 
@@ -394,10 +411,10 @@ QUESTIONS = (
 # ── what the user tells, and asks about at once ───────────────────────────────────────────────
 
 LIVES = (
-    "{N} is {a_kind} and lives {place}.",
-    "{A_kind} called {N} lives {place}.",
-    "{Place} there is {a_kind}, called {N}.",
-    "{Place} lives {a_kind} called {N}.",
+    "{N} the {animal} lives {place}. {looks}.",
+    "{An_animal} called {N} lives {place}. {looks}.",
+    "{Place} there is {an_animal} called {N}. {looks}.",
+    "{Place} lives {N} the {animal}. {looks}.",
 )
 
 
@@ -415,8 +432,10 @@ def passage(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Ex
 def _lives(rng: Random, one: Hero) -> str:
     return rng.choice(LIVES).format(
         N=one.name,
-        a_kind=a(one.kind()),
-        A_kind=capital(a(one.kind())),
+        animal=one.animal,
+        an_animal=a(one.animal),
+        An_animal=capital(a(one.animal)),
+        looks=f"{one.in_full} {one.coloured(PRESENT)}",
         place=at(one.place),
         Place=capital(at(one.place)),
     )
@@ -426,9 +445,9 @@ def about(rng: Random, one: Hero) -> Exchange:
     """A question about somebody of a passage."""
     kind = rng.randrange(5)
     if kind == 0:
-        return colour_of(rng, one, "passage")
+        return colour_of(rng, one, PRESENT, "passage")
     if kind == 1:
-        return place_of(rng, one, "passage")
+        return place_of(rng, one, PRESENT, "passage")
     if kind == 2:
         user = rng.choice(("What is the {0} called?", "What is the name of the {0}?"))
         answer = f"The {one.animal} is called {one.name}."

@@ -19,7 +19,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, pairwise
@@ -36,11 +37,11 @@ from torch.nn import functional
 import refollama
 from refollama.fable.evaluate import Case, Model, cases, evaluate, totals
 from refollama.fable.exchange import capital, strange
-from refollama.fable.lessons import conversation
+from refollama.fable.lessons import conversation, drill
 from refollama.fable.muon import Muon
 from refollama.fable.net import CONTEXT, TABLES, new_net, packed, read, sizes, weights
 from refollama.fable.vocabulary import ASSISTANT, TEMPLATE, WORLD, learn, spellings, written
-from refollama.fable.world import MOST, NUMBERS, OPPOSITES
+from refollama.fable.world import ANIMALS, COLOURS, MOST, NAMES, NUMBERS, OPPOSITES, PEOPLE
 from refollama.models.llama import Llama
 from refollama.text.spm import SpmTokenizer
 from refollama.weights.gguf import Typed, write_gguf
@@ -58,7 +59,13 @@ TOLD_EVERY = 20  # steps, of which the mean loss is kept
 HISTORY = "training.json"
 NO_TARGET = -100
 STORY = 60  # tokens: no other answer is so long
-NOTHING: Container[int] = ()
+# Which of two is which is found while the rate falls, and lost again where it is high (at 8e-3 it
+# was). So drills come first, the rate falls over them, and never rises so high again.
+DRILLS = 280  # steps, before anything else is learned
+ONE_IN = 4  # conversations, that is a drill afterwards
+OTHER = -1
+KINDS = (NAMES, ANIMALS + PEOPLE, COLOURS)  # of these two in a story are never the same
+NOTHING: Mapping[int, int] = {}
 Q8_0_FILE = 7  # `general.file_type`
 MODELFILE = (
     "FROM {file}\n"
@@ -74,9 +81,9 @@ class Plan:
     """All that decides what is learned, apart from the code."""
 
     seed: int = 0
-    steps: int = 7000
+    steps: int = 4000
     rows: int = 8  # in a batch
-    rate: float = 8e-3  # of learning, at its peak
+    rate: float = 6e-3  # of learning, at its peak
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────
@@ -97,11 +104,11 @@ class Batch(NamedTuple):
 
 
 def batch(
-    plan: Plan, tokenizer: SpmTokenizer, step: int, decisive: Container[int] = NOTHING
+    plan: Plan, tokenizer: SpmTokenizer, step: int, decisive: Mapping[int, int] = NOTHING
 ) -> Batch:
     """The batch of this step: whole conversations, the longest placed first, where they fit.
 
-    decisive: ids to be foretold from the user, too, where they come again.
+    decisive: ids to be foretold from the user, too, where they come again, and their kinds.
     """
     rows: list[list[list[int]]] = [[] for _ in range(plan.rows)]
     room = [CONTEXT] * plan.rows
@@ -120,14 +127,15 @@ def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[l
     """As many as fill most of a batch.  A million numbers belong to each step."""
     left, index = FULL * plan.rows * CONTEXT, step * 1_000_000
     while left > 0:
-        ids = tokenizer.encode(written(conversation(plan.seed, index)), bos=True, special=True)
+        lesson = drill if step < DRILLS or index % ONE_IN == 0 else conversation
+        ids = tokenizer.encode(written(lesson(plan.seed, index)), bos=True, special=True)
         left, index = left - len(ids), index + 1
         if left >= 0 and len(ids) <= CONTEXT:
             yield ids
 
 
 def _row(
-    tokenizer: SpmTokenizer, decisive: Container[int]
+    tokenizer: SpmTokenizer, decisive: Mapping[int, int]
 ) -> Callable[[list[list[int]]], tuple[Tensor, ...]]:
     [begins] = tokenizer.encode(ASSISTANT, special=True)
 
@@ -138,7 +146,7 @@ def _row(
             tokens += ids
             numbers += [number] * len(ids)
             targets += said_again(ids, told, decisive)
-            free += chosen(ids, told)
+            free += chosen(ids, told, decisive)
         empty = CONTEXT - len(tokens)
         return (
             torch.tensor(tokens + [0] * empty),
@@ -159,7 +167,7 @@ def answers(ids: list[int], begins: int, ends: frozenset[int]) -> list[int]:
     return targets
 
 
-def said_again(ids: list[int], targets: list[int], decisive: Container[int]) -> list[int]:
+def said_again(ids: list[int], targets: list[int], decisive: Mapping[int, int]) -> list[int]:
     """The targets, with decisive tokens that come again in what the user says.
 
     Whoever can tell which of some names comes next has looked for them, and will find them when
@@ -173,17 +181,22 @@ def said_again(ids: list[int], targets: list[int], decisive: Container[int]) -> 
     return found
 
 
-def chosen(ids: list[int], targets: list[int]) -> list[bool]:
+def chosen(ids: list[int], targets: list[int], decisive: Mapping[int, int] = NOTHING) -> list[bool]:
     """Is a token one of a long answer, a story, that was not in the conversation before?
 
-    Names that a story brings are free; nothing is learned from which they are.
+    The name of a hero is free; nothing is learned from which it is. The second of a kind is not:
+    it must not be the first once more.
     """
     seen, found = set(), []
     for asked, answer in groupby(zip(ids, targets, strict=True), lambda pair: pair[1] != NO_TARGET):
         some = list(answer)
+        told: dict[int, set[int]] = defaultdict(set)  # by kind
         for id, target in some:
             seen.add(id)
-            found.append(asked and len(some) >= STORY and target not in seen)
+            kind = decisive.get(target, OTHER)
+            second = kind != OTHER and len(told[kind] - {target}) == 1
+            told[kind].add(target)
+            found.append(asked and len(some) >= STORY and target not in seen and not second)
     return found
 
 
@@ -214,6 +227,16 @@ def worth(tokenizer: SpmTokenizer, decisive: Iterable[str], spelled: Iterable[st
     return found
 
 
+def kinds(tokenizer: SpmTokenizer, worth: Tensor) -> dict[int, int]:
+    """All decisive ids: of which of KINDS each is, or OTHER."""
+    found = dict.fromkeys((worth > 1).nonzero().flatten().tolist(), OTHER)
+    for kind, table in enumerate(KINDS):
+        for form in chain.from_iterable(map(spellings, table)):
+            if len(ids := tokenizer.encode(form)) == 1:
+                found[ids[0]] = kind
+    return found
+
+
 def names_of_nobody(count: int) -> Iterator[str]:
     """So many names as only users have."""
     rng = Random("names of nobody")
@@ -230,7 +253,7 @@ class Training:
     usual = Plan()
     row = CONTEXT  # tokens
     temperature = 0.5  # it chooses freely then, so that two in a story have two names
-    again = 1.0  # the part of the way after which the rate rises once more; 1: never
+    again = 0.07  # the part of the way after which the rate rises once more: that of drills
     calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES, "null")
     spelled = 1000  # names of nobody, whose pieces are decisive
@@ -245,7 +268,7 @@ class Training:
         self.optimizers = _optimizers(self.net, plan.rate, self.calm)
         names = names_of_nobody(self.spelled)
         self.worth = worth(self.tokenizer, self.decisive, names).to(device)
-        self.looked_up = frozenset((self.worth > 1).nonzero().flatten().tolist())
+        self.looked_up = kinds(self.tokenizer, self.worth)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []

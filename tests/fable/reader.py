@@ -81,19 +81,18 @@ def memory(users: list[str]) -> str | None:
 
 
 def beings(text: str) -> list[dict[str, str]]:
-    """Those of whom a passage tells, one sentence or two each."""
-    found = []
-    for part in re.split(r"(?<=[a-z])\. (?!it )", text.lower()):
-        one = {
-            "animal": rf"\b({BEING})\b",
-            "colour": rf"\b({COLOUR})\b",
-            "place": rf"\b({PLACE})\b",
-        }
-        values = {key: first(pattern, part) for key, pattern in one.items()}
-        name = first(r"called (\w+)", part) or first(r"^(\w+) is", part)
-        if name and all(values.values()):
-            found.append({"name": name, **values})
-    return found
+    """Those of whom a passage tells, each in some sentences that name it."""
+    patterns = {
+        "animal": rf"\b({BEING})\b",
+        "colour": rf"\b({COLOUR})\b",
+        "place": rf"\b({PLACE})\b",
+    }
+    found: dict[str, dict[str, str]] = {}
+    for part in re.split(r"(?<=[a-z])\. ", text.lower()):
+        if name := first(r"called (\w+)", part) or first(rf"(\w+) the (?:{BEING})\b", part):
+            values = {key: first(pattern, part) for key, pattern in patterns.items()}
+            found.setdefault(name, {}).update({key: v for key, v in values.items() if v})
+    return [{"name": name, **of} for name, of in found.items() if len(of) == len(patterns)]
 
 
 def passage(text: str) -> str | None:

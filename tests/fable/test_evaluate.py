@@ -15,13 +15,14 @@ from refollama.fable.exchange import Exchange
 
 TEXT = set(MARKS) - {"vision"}
 STORY = (
-    "Once upon a time there was a brave fox called Ann. Ann was red and lived in the forest. "
-    "One sunny Monday, Ann met a green frog called Tim. Ann was happy. "
+    "Once upon a time there was a brave fox called Ann. "
+    "Ann the fox was red and lived in the forest. "
+    "One sunny Monday, Ann met a frog called Tim. Tim the frog was green. Ann was happy. "
     "From that day on, Ann the red fox and Tim the frog were good friends."
 )
 CHILD = (
-    "Once there was a shy girl by the sea. The name of the girl was Mia. Mia had a blue coat. "
-    "She met a red fox called Tim."
+    "Once there was a shy girl by the sea. The girl was called Mia. Mia the girl had a blue coat. "
+    "She met a fox called Tim. Tim the fox was red."
 )
 
 

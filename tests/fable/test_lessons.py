@@ -9,7 +9,7 @@ from collections import Counter
 
 from refollama.fable import facts
 from refollama.fable.knowledge import LESSONS
-from refollama.fable.lessons import LONGEST, STYLES, conversation
+from refollama.fable.lessons import LONGEST, STYLES, conversation, drill
 from refollama.fable.vocabulary import written
 from refollama.fable.world import (
     ANIMALS,
@@ -114,6 +114,26 @@ def answer_of(turn, users):
         return reader.passage(turn.user if told == turn.user else again)
     tables = {lesson.__name__ for lesson in LESSONS} | {"numbers"}
     return reader.known(turn.user) if turn.lesson in tables - {"unknown", "manners"} else None
+
+
+def test_a_drill_is_a_passage_and_questions_that_a_reader_answers_from_it():
+    agreed = 0
+    for talk in (drill(0, index) for index in range(200)):
+        assert talk.system == ""
+        assert {turn.lesson for turn in talk.turns} <= {"passage", "obey once"}
+        users = []
+        for turn in talk.turns:
+            users.append(turn.user)
+            if turn.lesson == "passage" and (found := answer_of(turn, users)) is not None:
+                assert found == turn.word.lower(), (users, turn)
+                agreed += 1
+    assert agreed > 400
+
+
+def test_a_drill_shows_nothing_that_is_kept_out():
+    shown = [one for index in range(200) for one in heroes(drill(0, index))]
+    assert len(shown) > 300
+    assert not any(kept_out(*one) for one in shown)
 
 
 def test_no_two_lessons_disagree(talks):

@@ -1,5 +1,7 @@
 """What is trained is what runs."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -148,17 +150,37 @@ def test_the_first_blocks_begin_by_finding_what_followed_a_word(deep, monkeypatc
     once = torch.randperm(500, generator=torch.Generator().manual_seed(5))[:n]
     twice = torch.cat((once, once))[None]
     read(deep, twice, torch.zeros_like(twice))
-    now = torch.arange(n + 3, 2 * n)
+    now = torch.arange(n + 5, 2 * n)
 
-    def share(block, head, *looked_at):  # of its attention, on average
-        return sum(shares[block][head, now, there].mean().item() for there in looked_at)
+    def share(block, head, ago):  # of its attention, on average
+        return sum(shares[block][head, now, now - back].mean().item() for back in ago)
 
-    assert share(0, 0, now - 1) > 0.7
-    assert share(0, 1, now - 2) > 0.7
-    for head, behind in enumerate((1, 1, 2, 2)):
-        assert share(1, head, now - n + behind) > 0.2  # by chance: 1/120
-    for head, before in enumerate((2, 2, 1, 1)):  # now, and when it was said first
-        assert share(2, head, now - before, now - n - before) > 0.1
+    for head, back in enumerate(net.BACK):
+        assert share(0, head, {back}) > 0.7
+    for block, groups in enumerate(net.LOOKED_UP, 1):
+        for head, pairs in enumerate(itertools.chain.from_iterable(groups)):
+            ago = {here - there + times for here, there in pairs for times in (0, n)}
+            by_chance = len(ago) / (1.5 * n)
+            assert share(block, head, {back for back in ago if back >= 0}) > 8 * by_chance
+
+
+@torch.no_grad()
+def test_words_that_are_spelled_alike_begin_alike():
+    """And as large as before."""
+    table = torch.randn(6, 64, generator=torch.Generator().manual_seed(7))
+    sizes_before = table.norm(dim=1)
+    net.begin_alike(table, ["\u2581Tim", "tim", "\u2581TIM", "\u2581fox", "Tom", "\u2581Fox"])
+    torch.testing.assert_close(table.norm(dim=1), sizes_before)
+    likeness = torch.cosine_similarity(table[:, None], table[None], dim=2)
+    same = {(0, 1), (0, 2), (1, 2), (3, 5)}
+    for pair in itertools.combinations(range(6), 2):
+        assert (likeness[pair] > 0.5) == (pair in same)
+
+
+def test_a_net_too_narrow_for_what_heads_note_says_so():
+    with pytest.raises(ValueError, match="has no room for what 4 heads note"):
+        narrow = sizes(**SMALL | {"embedding_length": 32, "rope.dimension_count": 8})
+        new_net({"general.architecture": "llama", **narrow, **tokenizer()}, 50)
 
 
 @pytest.mark.parametrize(("length", "queries"), [(1, 128), (128, 128), (300, 128), (20, 7)])
@@ -182,7 +204,7 @@ def test_in_bfloat16_it_reads_nearly_the_same(learner):
     exact = read(learner, tokens, torch.zeros_like(tokens))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = read(learner, tokens, torch.zeros_like(tokens))
-    assert 1e-4 < ((rounded - exact).norm() / exact.norm()).item() < 0.02
+    assert 1e-4 < ((rounded - exact).norm() / exact.norm()).item() < 0.04
     rounded.square().sum().backward()
     gradients = [weight.grad for weight in weights(learner).values()]
     assert {None if one is None else one.dtype for one in gradients} == {torch.float32}

@@ -16,9 +16,10 @@ import refollama
 from refollama.fable import train
 from refollama.fable.evaluate import cases
 from refollama.fable.net import CONTEXT, read, sizes, weights
-from refollama.fable.train import NO_TARGET, Plan, Training, batch, parser, rate_at
+from refollama.fable.train import DRILLS, NO_TARGET, Plan, Training, batch, parser, rate_at
 from refollama.fable.vocabulary import ASSISTANT
 from refollama.fable.world import NAMES
+from tests.fable import reader
 
 PLAN = Plan(rows=2, steps=8)
 
@@ -33,7 +34,7 @@ def test_a_batch_depends_on_seed_and_step_alone(words):
 
 def test_a_batch_is_nearly_full_of_whole_conversations(words):
     full = []
-    for step in range(6):
+    for step in range(DRILLS - 3, DRILLS + 3):
         given = batch(Plan(), words, step)
         full.append((given.conversations >= 0).float().mean().item())
         starts = given.tokens == words.bos_id
@@ -44,7 +45,7 @@ def test_a_batch_is_nearly_full_of_whole_conversations(words):
 
 def test_answers_are_what_is_to_be_learned_and_their_ends(words):
     """From the mark of the assistant to the end of its turn, and nothing of the user's."""
-    given = batch(PLAN, words, 0)
+    given = batch(PLAN, words, DRILLS)
     [begins] = words.encode(ASSISTANT, special=True)
     for tokens, targets in zip(given.tokens.tolist(), given.targets.tolist(), strict=True):
         answering, expected = False, []
@@ -55,9 +56,9 @@ def test_answers_are_what_is_to_be_learned_and_their_ends(words):
 
 
 def test_of_the_user_words_that_decide_are_foretold_where_they_come_again(words):
-    plain = batch(PLAN, words, 0)
-    names = frozenset(words.encode("".join(f" {name}" for name in NAMES)))
-    more = batch(PLAN, words, 0, names)
+    plain = batch(PLAN, words, DRILLS)
+    names = dict.fromkeys(words.encode("".join(f" {name}" for name in NAMES)), 0)
+    more = batch(PLAN, words, DRILLS, names)
     new = (more.targets != plain.targets).nonzero().tolist()
     assert new
     for row, at in new:
@@ -77,6 +78,35 @@ def test_what_a_story_brings_is_free_and_what_it_says_again_is_not():
     ]
     short = [7, 120, 8, 100, 101, 9]
     assert not any(train.chosen(short, [NO_TARGET, NO_TARGET, 100, 101, 9, NO_TARGET]))
+
+
+def test_the_second_of_a_kind_is_not_free():
+    """It must not be the first; a third may be what it likes, and so may a word of no kind."""
+    answer = list(range(100, 170))
+    kinds = {103: 0, 107: 1, 110: 0, 112: 0, 115: train.OTHER, 116: train.OTHER}
+    free = train.chosen([8, *answer], [*answer, NO_TARGET], kinds)
+    assert [id for id, is_free in zip(answer, free, strict=False) if not is_free] == [110]
+
+
+def test_each_decisive_word_is_of_a_kind_in_every_spelling(words):
+    found = train.kinds(words, train.worth(words, Training.decisive))
+    of = {
+        text: {found[id] for id in words.encode(text)} for text in (" LILY", " fox", " red", " 7")
+    }
+    assert of == {" LILY": {0}, " fox": {1}, " red": {2}, " 7": {train.OTHER}}
+
+
+def test_first_come_drills_then_all_else(words):
+    """In every conversation of the first batches there are beings to be told apart."""
+
+    def told(step):
+        given = batch(PLAN, words, step)
+        for row, numbers in zip(given.tokens, given.conversations, strict=True):
+            for number in range(numbers.max() + 1):
+                yield bool(reader.beings(words.decode(row[numbers == number].tolist())))
+
+    assert all(told(0)) and all(told(DRILLS - 1))
+    assert not all(told(DRILLS))
 
 
 def test_the_rate_rises_then_falls():
@@ -122,7 +152,7 @@ def test_what_is_spelled_counts_for_more_in_each_piece(words):
 def test_the_loss_is_a_mean_in_which_some_tokens_count_for_more(small):
     """Against a loop over tokens; what is told is the plain mean."""
     run = Training(PLAN)
-    tokens, conversations, targets, free = given = batch(PLAN, run.tokenizer, 0, run.looked_up)
+    tokens, conversations, targets, free = given = batch(PLAN, run.tokenizer, DRILLS, run.looked_up)
     logits = run.net.output(read(run.net, tokens, conversations)).log_softmax(-1)
     pairs = [
         (-logits[row, at, id].item(), 1.0 if free[row, at] else run.worth[id].item())
@@ -192,7 +222,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, small):
 
 @pytest.mark.slow
 def test_it_learns_and_what_it_wrote_can_be_talked_to(tmp_path, small):
-    run = Training(replace(PLAN, steps=60, rate=1e-2))
+    run = Training(replace(PLAN, steps=60, rate=2e-2))
     train.run(run, minutes=1, folder=tmp_path)
     assert sum(run.losses[-5:]) < 0.9 * sum(run.losses[:5])
     llm = refollama.load(tmp_path / "fable.gguf")
