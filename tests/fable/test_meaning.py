@@ -111,7 +111,7 @@ def test_a_model_that_is_created_from_it_keeps_its_system_message(client):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_a_story_stays_true_to_its_hero(client, seed):
-    """At its own temperature. (One story of ten or fifteen does not: its friend has the hero's name.)"""
+    """At its own temperature. (One of ten or so does not: its friend has the hero's name.)"""
     asked = [user("Tell me a story about a brave mouse.")]
     parts = client.chat("fable", asked, options={"seed": seed}, stream=True)
     story = "".join(part.message.content for part in parts)
