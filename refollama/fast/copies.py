@@ -13,8 +13,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +30,7 @@ from refollama.fast.nibbles import Int4Linear
 from refollama.fast.prepared import PreparedLinear
 from refollama.models.llama import Llama
 from refollama.weights.safetensors import Array, Made, encoded, open_safetensors
+from refollama.weights.whole import write_whole
 
 SOURCES = "sources"  # the tensor that says, as JSON, of which files the others were made
 DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -91,15 +90,7 @@ def keep(net: Llama, sources: Sequence[Path]) -> int:
     try:
         path = path_of(sources)
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder(), suffix=".partial", delete=False) as file:
-            try:
-                file.writelines(encoded(tensors))
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_whole(path, encoded(tensors), mode=0o600)
     except OSError as problem:
         raise RefollamaError(f"copies could not be kept: {problem.strerror}") from problem
     return path.stat().st_size

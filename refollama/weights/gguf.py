@@ -21,7 +21,6 @@ import os
 import stat
 import struct
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,6 +34,7 @@ import numpy.typing as npt
 
 from refollama.errors import FormatError, NotFound, StoreError
 from refollama.weights.blocks import BLOCKS, nbytes
+from refollama.weights.whole import write_whole
 
 Bytes = npt.NDArray[np.uint8]
 ByteOrder = Literal["<", ">"]
@@ -561,17 +561,10 @@ def write_gguf(
     StoreError if the disk says no.
     """
     target = Path(path)
-    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("xb") as file:
-            file.writelines(encoded(metadata, tensors, byteorder, version, alignment))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        write_whole(target, encoded(metadata, tensors, byteorder, version, alignment))
     except OSError as problem:
         raise StoreError(f"{target.name}: {problem.strerror}") from problem
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def encoded(
