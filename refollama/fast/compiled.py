@@ -158,6 +158,11 @@ def _stays_packed(part: nn.Module) -> TypeGuard[Linear]:
     return type_of(part) != ""
 
 
+def _count(part: Linear) -> int:
+    """How many tensors `_made_of` will give; they need not be made for it."""
+    return len(part.form()) if isinstance(part, PreparedLinear) else 1
+
+
 def _made_of(part: Linear) -> Made:
     return part.prepared() if isinstance(part, PreparedLinear) else (part.weight,)
 
@@ -177,7 +182,7 @@ def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
     return Shape(
         tuple((len(part.weight), columns(part)) for part in parts),
         tuple(_kind(part) for part in parts),
-        tuple(len(_made_of(part)) for part in parts),
+        tuple(_count(part) for part in parts),
         block.sizes.n_kv_heads,
         config.d_head,
         config.d_value,
