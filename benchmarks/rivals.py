@@ -34,7 +34,7 @@ import torch
 
 import refollama
 from benchmarks.first_light import VOCABULARY, machine, spread, write_llama
-from refollama.fast import exactly, warm
+from refollama.fast import reading, warm
 from refollama.quantize import plan
 from refollama.weights import open_gguf
 from refollama.weights.mixes import MIXES
@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plain", action="store_true", help="the plain path as well: slow")
     parser.add_argument("--warm", action="store_true", help="ours with compiled blocks")
+    parser.add_argument(
+        "--prompt-bits", type=int, default=32, choices=[8, 16, 32], help="ours, when it reads"
+    )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--plot", type=Path, help="draw bars here (matplotlib): a .png or .svg")
     parser.add_argument("--alone", choices=[OURS, PLAIN, *PACKAGES], help=argparse.SUPPRESS)
@@ -130,7 +133,7 @@ def _runners(given: argparse.Namespace) -> tuple[dict[str, Runner], list[str]]:
     missing = [name for name, package in PACKAGES.items() if not importlib.util.find_spec(package)]
     left_out = missing if given.plain else [PLAIN, *missing]
     runners = {name: one for name, one in everybody().items() if name not in left_out}
-    return runners | {OURS: partial(here, compiled=given.warm)}, missing
+    return runners | {OURS: partial(here, compiled=given.warm, bits=given.prompt_bits)}, missing
 
 
 def everybody() -> dict[str, Runner]:
@@ -206,7 +209,9 @@ def _timed(test: Test, through: Callable[[int, int], object]) -> float:
 
 
 @contextmanager
-def here(path: Path, *, fast: bool = True, compiled: bool = False) -> Iterator[Rate]:
+def here(
+    path: Path, *, fast: bool = True, compiled: bool = False, bits: int = 32
+) -> Iterator[Rate]:
     """Our own net and cache, as the engine uses them."""
     llm = refollama.load(path, {"fast": fast})
     net = llm.net
@@ -221,7 +226,7 @@ def here(path: Path, *, fast: bool = True, compiled: bool = False) -> Iterator[R
 
         def through(first: int, last: int) -> None:
             positions = torch.arange(first, last).expand(test.rows, -1)
-            with nullcontext() if last - first == 1 else exactly():  # as the engine does it
+            with nullcontext() if last - first == 1 else reading(bits):  # as the engine does
                 net(ids[:, first:last], positions, cache.rows(rows, last))
 
         return _timed(test, through)

@@ -21,7 +21,7 @@ from torch import Tensor
 from refollama.cachekind import CacheKind
 from refollama.engine.engine import AT_ONCE
 from refollama.errors import BadRequest
-from refollama.fast import exactly
+from refollama.fast import reading
 from refollama.kvcache import KVCache
 from refollama.loaded import LoadedModel
 from refollama.models.llama import Llama
@@ -82,7 +82,9 @@ def bench(
     for name, count in tests:
         rates = []
         for turn in range(repeat + 1):
-            rates.append(rate(net, depth, count, AT_ONCE if name == "read" else 1, turn))
+            at_once = AT_ONCE if name == "read" else 1
+            with reading(llm.defaults.prompt_bits) if at_once > 1 else nullcontext():
+                rates.append(rate(net, depth, count, at_once, turn))  # as the engine does it
             done += 1
             told(done, total)
         at = f" after {depth}" if depth else ""
@@ -107,6 +109,5 @@ def _through(net: Llama, cache: KVCache, ids: Tensor, start: int, end: int, at_o
     for first in range(start, end, at_once):
         last = min(first + at_once, end)
         positions = torch.arange(first, last, device=ids.device)[None]
-        with exactly() if at_once > 1 else nullcontext():  # as the engine reads and writes
-            logits = net(ids[None, first:last], positions, cache.rows([0], last))
+        logits = net(ids[None, first:last], positions, cache.rows([0], last))
         logits.sum().item()  # what a GPU has begun is done

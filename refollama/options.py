@@ -117,6 +117,9 @@ class Options:
     use_mlock: bool = _knob(False)  # weights are never swapped out
     numa: bool = _knob(False)  # weights are spread over the memory of all processors
     fast: bool = _knob(True)  # parts that answer sooner; false = every product as models/ has it
+    prompt_bits: int = _knob(  # of the numbers in which prompts are multiplied; 32 = exactly
+        32, "8, 16 or 32", lambda value: value in (8, 16, 32)
+    )
     num_thread: int = _knob(0, **_between(0, 1024))  # 0 = as many as torch chooses
     num_gqa: int = _knob(0, **_between(0, MOST))  # query heads for each key head; 0, 1 = the file's
     rope_frequency_base: float = _knob(0.0, **_zero_or(1.001, 1e12))  # 0 = the file's

@@ -49,6 +49,7 @@ def shown(*examples: str) -> str:
     epilog=shown(
         "refollama bench fable",
         "refollama bench ./tale-Q4_0.gguf --depth 1024 --threads 2",
+        "refollama bench ./tale-Q4_0.gguf --prompt-bits 16    # prompts in bfloat16",
         "refollama bench ./tale-Q4_0.gguf --plain    # without the parts of refollama/fast",
     )
 )
@@ -58,6 +59,13 @@ def shown(*examples: str) -> str:
 @click.option("-d", "--depth", default=0, show_default=True, help="Tokens that were read before.")
 @click.option("-r", "--repeat", default=5, show_default=True, help="How often each is measured.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="Of the CPU (as torch chooses).")
+@click.option(
+    "--prompt-bits",
+    type=click.Choice(["8", "16", "32"]),
+    default="32",
+    show_default=True,
+    help="Of the numbers in which a prompt is multiplied; 32 is exact.",
+)
 @click.option("--plain", is_flag=True, help="Every product as models/ has it: exact, and slow.")
 @click.option("--json", "as_json", is_flag=True, help="All numbers, for a program.")
 def bench(model: str, depth: int, repeat: int, plain: bool, as_json: bool, **given: Any) -> None:
@@ -72,11 +80,12 @@ def bench(model: str, depth: int, repeat: int, plain: bool, as_json: bool, **giv
 
     if given["threads"]:
         torch.set_num_threads(given["threads"])
-    llm = _loaded(model, {"fast": not plain})
+    chosen = {"fast": not plain, "prompt_bits": int(given["prompt_bits"])}
+    llm = _loaded(model, chosen)
     with terminal.counter("measuring", "tests") as moved:
         speeds = measure(llm, given["read"], given["write"], depth=depth, repeat=repeat, told=moved)
     if as_json:
-        about = {"model": model, "threads": torch.get_num_threads(), "fast": not plain}
+        about = {"model": model, "threads": torch.get_num_threads(), **chosen}
         tests = {one.name: [round(rate, 2) for rate in one.rates] for one in speeds}
         click.echo(json.dumps(about | {"torch": torch.__version__, "tokens_per_second": tests}))
         return

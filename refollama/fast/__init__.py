@@ -18,6 +18,6 @@ that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 from refollama.fast.choice import hasten, more_bytes
 from refollama.fast.compiled import CompiledBlock, warm
 from refollama.fast.copies import keep
-from refollama.fast.prepared import exactly
+from refollama.fast.prepared import exactly, reading
 
-__all__ = ["CompiledBlock", "exactly", "hasten", "keep", "more_bytes", "warm"]
+__all__ = ["CompiledBlock", "exactly", "hasten", "keep", "more_bytes", "reading", "warm"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
+from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, in_parts, may_round
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import BLOCKS
@@ -49,13 +49,22 @@ class HalfLinear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not may_round(x):
-            return by_slabs(self, x)
+            return by_slabs(self if bits_for(x) == EXACT else self._copy(), x)
         (matrix,) = self.prepared()
         times = functional.linear if self.dtype is torch.float16 else _one_by_one
         y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))
         if not y.isfinite().all():  # what float16 cannot hold, float32 can
             return by_slabs(self, x)
         return y.float() if self.bias is None else y.float() + self.bias
+
+    def _copy(self) -> Linear:
+        """What need not be unpacked."""
+        (matrix,) = self.prepared()
+        return Linear(matrix, _as_it_is, self.bias)
+
+
+def _as_it_is(matrix: Tensor) -> Tensor:
+    return matrix
 
 
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:

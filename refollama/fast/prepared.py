@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -14,17 +14,30 @@ from refollama.models.layers import Linear
 
 Made = Sequence[Tensor]
 FEW = 16  # tokens; of more, unpacking is a small part of the work, and nothing need be rounded
-_wanted_exact: ContextVar[bool] = ContextVar("exactly", default=False)
+WRITTEN, EXACT = 0, 32
+_bits: ContextVar[int] = ContextVar("bits", default=WRITTEN)
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """What is computed in here, by this thread, is not rounded, however few tokens it is."""
-    before = _wanted_exact.set(True)
+def reading(bits: int) -> Iterator[None]:
+    """What is computed in here, by this thread, is a prompt: however few tokens it is, it is
+    multiplied in numbers of 32 bits, 16 or 8 (`products.py`)."""
+    before = _bits.set(bits)
     try:
         yield
     finally:
-        _wanted_exact.reset(before)
+        _bits.reset(before)
+
+
+def exactly() -> AbstractContextManager[None]:
+    """What is computed in here, by this thread, is not rounded, however few tokens it is."""
+    return reading(EXACT)
+
+
+def bits_for(x: Tensor) -> int:
+    """In numbers of how many bits these tokens are multiplied, when they are not `may_differ`."""
+    free = x.device.type == "cpu" and not x.requires_grad
+    return (_bits.get() or EXACT) if free else EXACT
 
 
 def may_differ(x: Tensor) -> bool:
@@ -33,7 +46,7 @@ def may_differ(x: Tensor) -> bool:
     (B, T, in), or (B, in) where T is 1. Nobody can go backwards through what takes another way.
     """
     few = x.dim() < 3 or x.shape[-2] <= FEW
-    return few and not _wanted_exact.get() and not x.requires_grad
+    return few and _bits.get() == WRITTEN and not x.requires_grad
 
 
 def may_round(x: Tensor) -> bool:

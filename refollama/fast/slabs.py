@@ -3,16 +3,17 @@
     packed rows ── unpack ──► a slab of float32, which stays in the cache ── · x ──► some outputs
 
 Unpacked whole, a matrix is written to memory and read again: eight bytes for each weight, where it
-lies packed in one. Nothing is rounded: the outputs are those of the plain path, but for the order
-in which torch adds where it multiplies by fewer rows.
+lies packed in one. Nothing is rounded, unless whoever reads asks for fewer bits (`products.py`):
+the outputs are those of the plain path, but for the order in which torch adds where it multiplies
+by fewer rows.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from refollama.fast.products import product
 from refollama.models.layers import Linear
 from refollama.weights.quants import Layout
 
@@ -36,10 +37,11 @@ def by_slabs(part: Linear, x: Tensor) -> Tensor:
     Slabs are about as high as each other: a last one of a row or two would go to another routine.
     """
     x = x.contiguous()
+    times = product(x)
     count = -(-len(part.weight) * x.shape[-1] // SLAB) or 1
     biases = [None] * count if part.bias is None else torch.tensor_split(part.bias, count)
     slabs = zip(torch.tensor_split(part.weight, count), biases, strict=True)
-    found = [functional.linear(x, part.unpack(some), bias) for some, bias in slabs]
+    found = [times(part.unpack(some), bias) for some, bias in slabs]
     return found[0] if count == 1 else torch.cat(found, dim=-1)
 
 

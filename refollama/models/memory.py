@@ -43,6 +43,7 @@ class Placement(NamedTuple):
     use_mlock: bool
     numa: bool
     fast: bool
+    prompt_bits: int
 
     @classmethod
     def of(cls, options: Options) -> Placement:
