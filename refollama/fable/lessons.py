@@ -24,6 +24,7 @@ LONGEST = 1500  # characters; some 400 tokens
 MOST_TURNS = 14
 TRIES = 4  # to find a question that was not answered before
 DRILLED = 2  # more questions of a drill
+YES_OR_NO = {"Yes", "No"}  # who has said one of them need not say the other
 CROWD = 30  # names and animals in one conversation, after which no more come
 
 # ── styles: what a system message may ask for ─────────────────────────────────────────────────
@@ -185,7 +186,7 @@ class Session:
         if self.turns and self.length > LONGEST:
             return False
         self.turns.append(said)
-        self.answered.add(said.word)
+        self.answered |= {said.word} - YES_OR_NO
         return True
 
     def _lesson(self) -> Exchange:
@@ -230,7 +231,7 @@ class Session:
 
     def ask_again(self) -> Exchange:
         """Another question about those."""
-        return self._fresh(lambda: stories.about(self.rng, self.rng.choice(self.passage)))
+        return self._fresh(lambda: stories.about(self.rng, self.passage))
 
     def _state(self) -> Exchange:
         left = [key for key in facts.FACTS if key not in self.told]

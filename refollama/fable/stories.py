@@ -33,6 +33,7 @@ from refollama.fable.world import (
 )
 
 HEROES = ANIMALS + PEOPLE
+FRIENDLY = 6  # names, of which a friend has one
 
 
 class Tense(NamedTuple):
@@ -104,22 +105,24 @@ def hero(
 
     places, colours = free("place", list(PLACES)), free("colour", COLOURS)
     animal, place, colour = choose(rng, held, free("animal", table), places, colours)
-    names = {"girl": GIRLS, "boy": BOYS}.get(animal, names)
+    if animal in PEOPLE and names is NAMES:
+        names = GIRLS if animal == "girl" else BOYS
     name, virtue = rng.choice(free("name", names)), rng.choice(free("virtue", VIRTUES))
     return Hero(name, animal, colour, place, virtue)
 
 
 def friend(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) -> Hero:
     """Whom a hero meets: one from the wild if the hero is at home among people, else one from
-    there; to a girl's name a boy's.
+    there; to a girl's name a boy's, one of a few.
 
     A small model that always says what is likeliest would call both the same, if any name were as
     likely as any other.
     """
-    child, names = ("boy", BOYS) if one.name in GIRLS else ("girl", GIRLS)
+    child, table_of_names = ("boy", BOYS) if one.name in GIRLS else ("girl", GIRLS)
+    names = [name for name in table_of_names if name not in known][:FRIENDLY]
     table = (*TAME, child) if one.animal in WILD else WILD
     free = [animal for animal in table if animal not in known]
-    return hero(rng, held, [one], known, free or HEROES, names)
+    return hero(rng, held, [one], known, free or HEROES, names or table_of_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +164,8 @@ def _filled(part: str, one: Hero, other: Hero, words: dict[str, str]) -> str:
     return part.format(
         N=one.name,
         a_virtue=a(f"{one.virtue} {one.animal}"),
-        A_virtue=capital(a(f"{one.virtue} {one.animal}")),
         kind=one.kind(),
+        a_kind=a(one.kind()),
         animal=one.animal,
         looks=f"{one.in_full} {one.coloured(PAST)}",
         place=at(one.place),
@@ -174,16 +177,18 @@ def _filled(part: str, one: Hero, other: Hero, words: dict[str, str]) -> str:
     )
 
 
+# What is asked about later stands here in the words of the answer.
 OPENINGS = (
-    "Once upon a time there was {a_virtue} called {N}. {looks} and lived {place}.",
-    "Once there was {a_virtue} {place}. The {animal} was called {N}. {looks}.",
-    "{A_virtue} was called {N}. {looks}. The {animal} lived {place}.",
-    "Long ago {a_virtue} lived {place}. The {animal} was called {N}. {looks}.",
+    "Once upon a time there was {a_virtue}. The {animal} was called {N}. {looks} and lived "
+    "{place}.",
+    "Once {a_virtue} lived {place}. The {animal} was called {N}. {looks}.",
+    "Long ago {a_virtue} lived {place}. {looks}. The {animal} was called {N}.",
+    "There once was {a_virtue}. {looks} and lived {place}. The {animal} was called {N}.",
 )
 MEETINGS = (
-    "One {weather} {day}, {N} met {a_friend} called {F}. {friend_looks}.",
-    "It was {day}, and it was {weather}. {N} went out and met {a_friend} called {F}. "
-    "{friend_looks}.",
+    "One {weather} {day}, {N} met {a_friend}. The {friend} was called {F}. {friend_looks}.",
+    "It was {day}, and it was {weather}. {N} went out and met {a_friend}. {friend_looks}. "
+    "The {friend} was called {F}.",
     "On a {weather} {day} the {animal} met {a_friend}. The {friend} was called {F}. "
     "{friend_looks}.",
 )
@@ -208,7 +213,7 @@ PLOTS = {
 ENDINGS = (
     "From that day on, {N} the {kind} and {F} the {friend} were good friends.",
     "In the evening the {kind} went home and slept well. The end.",
-    "{N} and {F} were happy. What a good day for a {kind}!",
+    "{N} and {F} were happy. What a good day for {a_kind}!",
     "So {N} the {animal} found a friend, and {F} did too. The end.",
 )
 
@@ -387,18 +392,22 @@ def _last(words: str) -> str:
 
 
 def ask_whether(rng: Random, told: Story) -> Exchange:
+    return whether(rng, told.hero, [told.friend], PAST, "story: whether")
+
+
+def whether(rng: Random, one: Hero, others: Sequence[Hero], tense: Tense, lesson: str) -> Exchange:
     """Is he that, does he live there?  What was told comes first, then what follows from it."""
-    one = told.hero
     if rng.random() < 0.5:
-        other = rng.choice((one.animal, told.friend.animal, rng.choice(ANIMALS)))
-        user, right = f"Is {one.name} {a(other)}?", other == one.animal
+        animals = [one.animal, *(other.animal for other in others[:1]), rng.choice(ANIMALS)]
+        asked = rng.choice(animals)
+        user, right = f"Is {one.name} {a(asked)}?", asked == one.animal
         reason = f"{one.name} is {a(one.animal)}"
     else:
-        other = rng.choice((one.place, rng.choice(list(PLACES))))
-        user, right = f"Does {one.name} live {at(other)}?", other == one.place
-        reason = f"{one.in_full} lived {at(one.place)}"
+        asked = rng.choice((one.place, rng.choice(list(PLACES))))
+        user, right = f"Does {one.name} live {at(asked)}?", asked == one.place
+        reason = f"{one.in_full} {tense.live} {at(one.place)}"
     word = "yes" if right else "no"
-    return Exchange("story: whether", user, f"{reason}, so {word}.", capital(word))
+    return Exchange(lesson, user, f"{reason}, so {word}.", capital(word))
 
 
 QUESTIONS = (
@@ -410,12 +419,7 @@ QUESTIONS = (
 
 # ── what the user tells, and asks about at once ───────────────────────────────────────────────
 
-LIVES = (
-    "{N} the {animal} lives {place}. {looks}.",
-    "{An_animal} called {N} lives {place}. {looks}.",
-    "{Place} there is {an_animal} called {N}. {looks}.",
-    "{Place} lives {N} the {animal}. {looks}.",
-)
+SHUFFLED = 0.75  # of all passages: whoever was named last is not always meant next
 
 
 def passage(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Exchange, list[Hero]]:
@@ -423,27 +427,25 @@ def passage(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Ex
     heroes: list[Hero] = []
     for _ in range(rng.choice((1, 2, 2, 3))):
         heroes.append(hero(rng, held, heroes, known, ANIMALS))
-    text = " ".join(_lives(rng, one) for one in heroes)
-    asked = about(rng, rng.choice(heroes))
-    said = Exchange("passage", f"{text} {asked.user}", asked.answer, asked.word)
+    told = [sentence for one in heroes for sentence in _told_of(rng, one)]
+    if rng.random() < SHUFFLED:
+        rng.shuffle(told)
+    asked = about(rng, heroes)
+    said = Exchange("passage", f"{' '.join(told)} {asked.user}", asked.answer, asked.word)
     return said, heroes
 
 
-def _lives(rng: Random, one: Hero) -> str:
-    return rng.choice(LIVES).format(
-        N=one.name,
-        animal=one.animal,
-        an_animal=a(one.animal),
-        An_animal=capital(a(one.animal)),
-        looks=f"{one.in_full} {one.coloured(PRESENT)}",
-        place=at(one.place),
-        Place=capital(at(one.place)),
-    )
+def _told_of(rng: Random, one: Hero) -> list[str]:
+    """In the words of the answers."""
+    lives = f"{one.in_full} lives {at(one.place)}."
+    looks = f"{one.in_full} {one.coloured(PRESENT)}."
+    called = f"The {one.animal} is called {one.name}."
+    return rng.sample((lives, looks, called), 3)
 
 
-def about(rng: Random, one: Hero) -> Exchange:
-    """A question about somebody of a passage."""
-    kind = rng.randrange(5)
+def about(rng: Random, heroes: Sequence[Hero]) -> Exchange:
+    """A question about one of those of a passage."""
+    one, kind = rng.choice(heroes), rng.randrange(6)
     if kind == 0:
         return colour_of(rng, one, PRESENT, "passage")
     if kind == 1:
@@ -455,5 +457,8 @@ def about(rng: Random, one: Hero) -> Exchange:
     if kind == 3:
         user = rng.choice(("What animal is {0}?", "What is {0}?")).format(one.name)
         return Exchange("passage", user, f"{one.name} is {a(one.animal)}.", capital(one.animal))
+    if kind == 4:
+        others = [other for other in heroes if other is not one]
+        return whether(rng, one, others, PRESENT, "passage")
     answer = f"{one.in_full} lives {at(one.place)}."
     return Exchange("passage", f"Who lives {at(one.place)}?", answer, one.name)

@@ -61,11 +61,19 @@ NO_TARGET = -100
 STORY = 60  # tokens: no other answer is so long
 # Which of two is which is found while the rate falls, and lost again where it is high (at 8e-3 it
 # was). So drills come first, the rate falls over them, and never rises so high again.
-DRILLS = 280  # steps, before anything else is learned
+DRILLS = 400  # steps, before anything else is learned
 ONE_IN = 4  # conversations, that is a drill afterwards
+HELD = 0.1
 OTHER = -1
 KINDS = (NAMES, ANIMALS + PEOPLE, COLOURS)  # of these two in a story are never the same
 NOTHING: Mapping[int, int] = {}
+NOTHING_HELD: Mapping[str, float] = {}
+# What `begin_by_looking_up` laid out, so that it is there when a net begins to need it: how heads
+# look back, which needs no learning, and what they look for, of which neither half may go before
+# the other.
+LAID_OUT: Mapping[str, float] = {"blk.0.attn": 0.0} | {
+    f"blk.{block}.attn_{part}": HELD for block in (1, 2) for part in ("q", "k", "norm")
+}
 Q8_0_FILE = 7  # `general.file_type`
 MODELFILE = (
     "FROM {file}\n"
@@ -81,7 +89,7 @@ class Plan:
     """All that decides what is learned, apart from the code."""
 
     seed: int = 0
-    steps: int = 4000
+    steps: int = 8000
     rows: int = 8  # in a batch
     rate: float = 6e-3  # of learning, at its peak
 
@@ -253,8 +261,9 @@ class Training:
     usual = Plan()
     row = CONTEXT  # tokens
     temperature = 0.5  # it chooses freely then, so that two in a story have two names
-    again = 0.07  # the part of the way after which the rate rises once more: that of drills
-    calm = 1.0  # the rate of tables, norms and biases, as a part of that of matrices
+    again = 0.05  # the part of the way after which the rate rises once more: that of drills
+    calm = 0.5  # the rate of tables, norms and biases, as a part of that of matrices
+    held: Mapping[str, float] = LAID_OUT  # the rates of some weights, as parts of it
     decisive: Sequence[str] = (*WORLD, *NUMBERS, *map(str, range(MOST + 1)), *OPPOSITES, "null")
     spelled = 1000  # names of nobody, whose pieces are decisive
 
@@ -265,7 +274,7 @@ class Training:
         self.metadata = self.described()
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
-        self.optimizers = _optimizers(self.net, plan.rate, self.calm)
+        self.optimizers = _optimizers(self.net, plan.rate, self.calm, self.held)
         names = names_of_nobody(self.spelled)
         self.worth = worth(self.tokenizer, self.decisive, names).to(device)
         self.looked_up = kinds(self.tokenizer, self.worth)
@@ -409,20 +418,31 @@ def rate_at(step: int, progress: float, again: float = 1.0) -> float:
     return min(1.0, (step + 1) / WARM_UP) * peak * down
 
 
-def _optimizers(net: Llama, rate: float, calm: float) -> tuple[torch.optim.Optimizer, ...]:
+def _optimizers(
+    net: Llama, rate: float, calm: float, held: Mapping[str, float] = NOTHING_HELD
+) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for matrices and for windows, which are matrices; AdamW for tables, norms and biases.
 
     What is multiplied by decays; what is looked up or added does not.
     """
-    hidden: list[Tensor] = []
-    other: list[Tensor] = []
+    hidden: dict[float, list[Tensor]] = defaultdict(list)
+    other: dict[float, list[Tensor]] = defaultdict(list)
     for name, weight in weights(net).items():
         multiplied = weight.dim() > 1 and name != "token_embd.weight" and name not in TABLES
-        (hidden if multiplied else other).append(weight)
+        part = next((part for start, part in held.items() if name.startswith(start)), 1.0)
+        (hidden if multiplied else other)[part].append(weight)
     return (
-        Muon([{"params": hidden, "part": 1.0}], lr=rate, weight_decay=DECAY),
+        Muon(
+            [{"params": some, "part": part} for part, some in hidden.items()],
+            lr=rate,
+            weight_decay=DECAY,
+        ),
         torch.optim.AdamW(
-            [{"params": other, "part": calm}], lr=rate, betas=BETAS, weight_decay=0.0, fused=True
+            [{"params": some, "part": calm * part} for part, some in other.items()],
+            lr=rate,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True,
         ),
     )
 

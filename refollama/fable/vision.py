@@ -37,6 +37,7 @@ from refollama.fable.seeing import Viewing, plural, viewing
 from refollama.fable.train import (
     MODELFILE,
     NO_TARGET,
+    NOTHING_HELD,
     Batch,
     Plan,
     Surprise,
@@ -278,6 +279,7 @@ class Seeing(Training):
     usual = Plan(steps=9500, rows=24, rate=6e-3)
     again = 0.77
     calm = 0.3
+    held = NOTHING_HELD
     temperature = 0.2  # there is little to choose
     row = ROW  # for the bar
     decisive = DECISIVE

@@ -97,9 +97,13 @@ def beings(text: str) -> list[dict[str, str]]:
 
 def passage(text: str) -> str | None:
     """The answer to the question that ends a passage."""
-    told, _, question = text.lower().rstrip("?. ").rpartition(". ")
+    told, _, question = text.lower().rstrip("?. ").removesuffix(", please").rpartition(". ")
     if question == "please":
         return None
+    if doubted := re.search(r"\b(?:is|does) (\w+) (?:an?|live \w+ the) (\w+)$", question):
+        name, what = doubted.groups()
+        who = [one for one in beings(told + ".") if one["name"] == name]
+        return None if len(who) != 1 else "yes" if what in who[0].values() else "no"
     who = [one for one in beings(told + ".") if _is_meant(one, question)]
     if len(who) != 1:
         return None
