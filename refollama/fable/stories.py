@@ -33,7 +33,10 @@ from refollama.fable.world import (
 )
 
 HEROES = ANIMALS + PEOPLE
-FRIENDLY = 6  # names, of which a friend has one
+# Whom a hero meets has one of these names, and no hero of a story has. A small model that always
+# says what is likeliest would call both the same, if any other name were as likely as any.
+FRIENDS = GIRLS[:6] + BOYS[:6]
+HEROIC = tuple(name for name in NAMES if name not in FRIENDS)
 
 
 class Tense(NamedTuple):
@@ -105,21 +108,20 @@ def hero(
 
     places, colours = free("place", list(PLACES)), free("colour", COLOURS)
     animal, place, colour = choose(rng, held, free("animal", table), places, colours)
-    if animal in PEOPLE and names is NAMES:
-        names = GIRLS if animal == "girl" else BOYS
-    name, virtue = rng.choice(free("name", names)), rng.choice(free("virtue", VIRTUES))
+    if animal in PEOPLE:
+        of_its_kind = GIRLS if animal == "girl" else BOYS
+        names = [name for name in names if name in of_its_kind] or of_its_kind
+    name = rng.choice(free("name", names) or names)
+    virtue = rng.choice(free("virtue", VIRTUES))
     return Hero(name, animal, colour, place, virtue)
 
 
 def friend(rng: Random, held: bool, one: Hero, known: Container[str] = NOBODY) -> Hero:
     """Whom a hero meets: one from the wild if the hero is at home among people, else one from
-    there; to a girl's name a boy's, one of a few.
-
-    A small model that always says what is likeliest would call both the same, if any name were as
-    likely as any other.
+    there; to a girl's name a boy's.
     """
     child, table_of_names = ("boy", BOYS) if one.name in GIRLS else ("girl", GIRLS)
-    names = [name for name in table_of_names if name not in known][:FRIENDLY]
+    names = [name for name in table_of_names if name in FRIENDS and name not in known]
     table = (*TAME, child) if one.animal in WILD else WILD
     free = [animal for animal in table if animal not in known]
     return hero(rng, held, [one], known, free or HEROES, names or table_of_names)
@@ -238,7 +240,7 @@ ASKED = (
 
 def tell(rng: Random, held: bool, known: Container[str] = NOBODY) -> tuple[Exchange, Story]:
     """The user asks for a story, with more or less of a subject."""
-    one = hero(rng, held, known=known)
+    one = hero(rng, held, known=known, names=HEROIC)
     told = story(rng, held, one, known)
     about, wishes = _subject(rng, one)
     user = rng.choice(ASKED).format(about=about)

@@ -10,6 +10,7 @@ from collections import Counter
 from refollama.fable import facts
 from refollama.fable.knowledge import LESSONS
 from refollama.fable.lessons import LONGEST, STYLES, conversation, drill
+from refollama.fable.stories import FRIENDS
 from refollama.fable.vocabulary import written
 from refollama.fable.world import (
     ANIMALS,
@@ -74,13 +75,16 @@ def test_what_is_kept_out_is_never_shown_and_evaluation_shows_nothing_else(talks
 
 
 def test_in_a_story_the_wild_meet_the_tame_and_girls_meet_boys(talks, held):
-    """So that what is likeliest for the friend is not what the hero is."""
+    """And friends have names of their own: what is likeliest for one is not what the hero is."""
     told = [
         turn.answer for talk in (*talks, *held) for turn in talk.turns if turn.lesson == "story"
     ]
     assert len(told) > 100
     for text in told:
-        names = set(re.findall(rf"\b(?:{'|'.join(NAMES)})\b", text))
+        hero, *others = re.findall(rf"\b(?:{'|'.join(NAMES)})\b", text)
+        assert hero not in FRIENDS
+        names = {hero, *others}
+        assert names - {hero} <= set(FRIENDS)
         kinds = set(re.findall(rf"\b(?:{'|'.join(ANIMALS + PEOPLE)})\b", text))
         assert len(names) == len(kinds) == 2
         assert len(names & set(GIRLS)) == 1

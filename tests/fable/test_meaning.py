@@ -90,16 +90,16 @@ def test_what_nobody_told_it_it_does_not_know(client):
 
 
 def test_it_obeys_the_system_message(client):
-    question = user("What is the opposite of big?")
+    question = user("What is the opposite of day?")
     plain, word, loud, pirate = (
         answer(client, *([{"role": "system", "content": text}] if text else []), question)
         for text in ("", "Answer in one word.", "Answer in capitals.", "Talk like a pirate.")
     )
-    assert "small" in plain
-    assert word.lower() == "small"
+    assert "night" in plain
+    assert word.lower() == "night"
     assert loud == plain.upper()
     assert pirate.startswith("Arr!")
-    assert "small" in pirate
+    assert "night" in pirate
 
 
 def test_a_model_that_is_created_from_it_keeps_its_system_message(client):
