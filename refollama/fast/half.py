@@ -51,7 +51,7 @@ class HalfLinear(PreparedLinear):
         if not may_round(x):
             return by_slabs(self if bits_for(x) == EXACT else self._copy(), x)
         (matrix,) = self.prepared()
-        times = functional.linear if self.dtype is torch.float16 else _one_by_one
+        times = functional.linear if are_alike(self.dtype) else _one_by_one
         y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))
         if not y.isfinite().all():  # what float16 cannot hold, float32 can
             return by_slabs(self, x)
@@ -67,6 +67,11 @@ def _as_it_is(matrix: Tensor) -> Tensor:
     return matrix
 
 
+def are_alike(dtype: torch.dtype) -> bool:
+    """Are tokens multiplied alike beside others?  Not where torch hands them to oneDNN, which adds
+    in another order then: in bfloat16, and in float16 on processors that have units for it."""
+    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
-    """In bfloat16 torch adds in another order where several rows stand together."""
     return torch.cat([functional.linear(row, weight) for row in torch.split(x, 1)])

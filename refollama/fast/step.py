@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from refollama.fast.half import are_alike
 from refollama.fast.nibbles import GROUP
 from refollama.fast.prepared import Made
 from refollama.models.layers import rotate
@@ -47,7 +48,8 @@ class Shape:
     @property
     def at_once(self) -> bool:
         """Are rows computed alike beside each other?  Else each goes alone."""
-        return not {KEPT, "bfloat16"} & set(self.kinds)
+        alike = are_alike(torch.float16)
+        return not {KEPT, "bfloat16", *(() if alike else ("float16",))} & set(self.kinds)
 
     @property
     def may_overflow(self) -> bool:
