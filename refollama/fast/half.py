@@ -8,7 +8,7 @@ Floats of 4 bits lie too far apart for float16; bfloat16 holds them exactly.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -67,10 +67,12 @@ def _as_it_is(matrix: Tensor) -> Tensor:
     return matrix
 
 
+@cache
 def are_alike(dtype: torch.dtype) -> bool:
     """Are tokens multiplied alike beside others?  Not where torch hands them to oneDNN, which adds
     in another order then: in bfloat16, and in float16 on processors that have units for it."""
-    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    has_units = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype is torch.float16 and not has_units
 
 
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class Shape:
     @property
     def at_once(self) -> bool:
         """Are rows computed alike beside each other?  Else each goes alone."""
-        alike = are_alike(torch.float16)
-        return not {KEPT, "bfloat16", *(() if alike else ("float16",))} & set(self.kinds)
+        apart = {kind for kind in ("float16", "bfloat16") if not are_alike(getattr(torch, kind))}
+        return not (apart | {KEPT}) & set(self.kinds)
 
     @property
     def may_overflow(self) -> bool:
