@@ -13,7 +13,7 @@ from random import Random
 from refollama.fable.exchange import Exchange, capital, choose, strange
 from refollama.fable.world import CITIES, COLOURS, FRUITS, GIRLS, MOST, NAMES, PETS, kept_out
 
-STRANGE_NAMES = 0.2  # how often people have names that nobody knows
+STRANGE_NAMES = 0.3  # how often people have names that nobody knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,10 +91,10 @@ STYLES: Mapping[Style, tuple[str, ...]] = {
         "You are a pirate on a ship.",
     ),
 }
-SYSTEMS = 0.45  # of all conversations have a system message
+SYSTEMS = 0.55  # of all conversations have a system message
 NAMED = 0.15  # of those give fable another name
 STYLE_SHARES = {plainly: 2, in_one_word: 3, in_capitals: 3, as_pirate: 3}
-ONCE = 0.12  # how often the user asks for a style, for one answer
+ONCE = 0.18  # how often the user asks for a style, for one answer
 FOR_ONE_TURN = {
     in_one_word: ("{0} Answer in one word.", "In one word: {0}", "{0} One word, please."),
     in_capitals: ("{0} Answer in capitals.", "{0} Use capital letters."),
@@ -131,17 +131,19 @@ def conversation(seed: int, index: int, held: bool = False) -> Conversation:
     return Conversation(session.system, session.style.__name__, tuple(session.turns))
 
 
-def drill(seed: int, index: int) -> Conversation:
+def drill(seed: int, index: int, *, bare: bool = True) -> Conversation:
     """Of all conversations the simplest: some animals, and questions about them.
 
     Which of them, and what of it?  Whoever looks that up finds most else in the same way; among
     all other lessons it is found late.
+
+    bare: without a system message; with one, answers are in its style.
     """
-    session = Session(Random(f"{seed}:{index}:drill"), held=False, bare=True)
+    session = Session(Random(f"{seed}:{index}:drill"), held=False, bare=bare)
     session.say(session.read_passage())
     for _ in range(DRILLED):
         session.say(session.ask_again())
-    return Conversation("", plainly.__name__, tuple(session.turns))
+    return Conversation(session.system, session.style.__name__, tuple(session.turns))
 
 
 class Session:
@@ -201,7 +203,7 @@ class Session:
             self._tell: 2.5 if self.style is plainly and self.story is None else 0,
             self._hear: 2 if self.story is None else 0,
             self._ask: 18 if self.story else 0,
-            self._object: 2 if self.story or self.told else 0.3,
+            self._object: 4 if self.story or self.told else 0.3,
         }
         return self.rng.choices(list(lessons), list(lessons.values()))[0]()
 

@@ -66,6 +66,10 @@ LOOKED_UP = (
     ((((0, 1), (1, 2), (2, 3)), ((0, 1), (1, 3))), (((2, 0),), ((3, 0),))),
     ((((0, 1), (1, 2), (2, 3)), ((2, 2), (0, 1))), (((3, 0),), ((4, 0),))),
 )
+# What the heads of a group say of the place they found, by block and group: all that is there, but
+# for these, that say what stood so far before it. "By the lake lives the", and further up stands
+# "Emma the owl lives by the lake": two before the end is the lake, and four before that the owl.
+SAID_BEFORE = {(0, 1): 4}
 
 
 def sizes(**changes: int | float) -> dict[str, Any]:
@@ -147,9 +151,11 @@ def begin_by_looking_up(net: Llama, seed: int) -> None:
     net.output_norm.weight.div_(LOUDER)
     first, *others = (block for block in net.blk if isinstance(block, Block))
     _look_back(first, net.rope, constant[0], spaces)
-    for block, groups in zip(others, LOOKED_UP, strict=False):
+    for number, (block, groups) in enumerate(zip(others, LOOKED_UP, strict=False)):
         for group, heads in enumerate(groups):
             _match(block, group, heads, spaces, rng)
+            if back := SAID_BEFORE.get((number, group)):
+                _say_before(block, group, len(heads), spaces[back], spaces[0])
 
 
 def _look_back(block: Block, rope: Rope, constant: Tensor, spaces: Sequence[Tensor]) -> None:
@@ -189,6 +195,14 @@ def _match(
         query = torch.stack([turned[there] @ spaces[here] for here, there in pairs]).sum(0)
         block.attn_q.weight[_part(head, D)] = LIKENESS * _last(query, D)
         block.attn_output.weight[:, _part(head, D)] = SAID / len(heads) * said.T
+
+
+def _say_before(block: Block, group: int, heads: int, noted: Tensor, now: Tensor) -> None:
+    """What was noted where they look is said as if it stood here."""
+    D = block.config.d_head
+    block.attn_v.weight[_part(group, D)] = _last(noted, D)
+    for head in range(group * heads, (group + 1) * heads):
+        block.attn_output.weight[:, _part(head, D)] = SAID * _last(now, D).T
 
 
 def _last(some: Tensor, rows: int) -> Tensor:

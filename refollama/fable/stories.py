@@ -462,5 +462,6 @@ def about(rng: Random, heroes: Sequence[Hero]) -> Exchange:
     if kind == 4:
         others = [other for other in heroes if other is not one]
         return whether(rng, one, others, PRESENT, "passage")
-    answer = f"{one.in_full} lives {at(one.place)}."
-    return Exchange("passage", f"Who lives {at(one.place)}?", answer, one.name)
+    # Four words before the place stands the animal, and two before that its name.
+    answer = f"{capital(at(one.place))} lives the {one.animal} called {one.name}."
+    return Exchange("passage", f"Who lives {at(one.place)}?", answer, capital(one.animal))

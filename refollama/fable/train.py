@@ -135,8 +135,11 @@ def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[l
     """As many as fill most of a batch.  A million numbers belong to each step."""
     left, index = FULL * plan.rows * CONTEXT, step * 1_000_000
     while left > 0:
-        lesson = drill if step < DRILLS or index % ONE_IN == 0 else conversation
-        ids = tokenizer.encode(written(lesson(plan.seed, index)), bos=True, special=True)
+        if step < DRILLS or index % ONE_IN == 0:
+            talk = drill(plan.seed, index, bare=step < DRILLS)
+        else:
+            talk = conversation(plan.seed, index)
+        ids = tokenizer.encode(written(talk), bos=True, special=True)
         left, index = left - len(ids), index + 1
         if left >= 0 and len(ids) <= CONTEXT:
             yield ids

@@ -112,7 +112,7 @@ def passage(text: str) -> str | None:
             return who[0][key]
     if "where" in question:
         return who[0]["place"]
-    return who[0]["name"] if question.startswith("who lives") else who[0]["animal"]
+    return who[0]["animal"]
 
 
 def _is_meant(one: dict[str, str], question: str) -> bool:

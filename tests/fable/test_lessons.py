@@ -134,6 +134,15 @@ def test_a_drill_is_a_passage_and_questions_that_a_reader_answers_from_it():
     assert agreed > 400
 
 
+def test_drills_in_a_style_obey_it():
+    styles: Counter[str] = Counter()
+    for talk in (drill(0, index, bare=False) for index in range(200)):
+        styles[talk.style] += 1
+        for turn in talk.turns if talk.style != "plainly" else ():
+            assert obeys(talk.style, turn.answer), turn
+    assert min(styles[style.__name__] for style in STYLES) > 10
+
+
 def test_a_drill_shows_nothing_that_is_kept_out():
     shown = [one for index in range(200) for one in heroes(drill(0, index))]
     assert len(shown) > 300

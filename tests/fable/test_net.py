@@ -165,6 +165,23 @@ def test_the_first_blocks_begin_by_finding_what_followed_a_word(deep, monkeypatc
 
 
 @torch.no_grad()
+def test_some_heads_begin_by_saying_what_stood_before_the_place_they_found(deep):
+    """Among the words of a list, as the head of the next block would find them."""
+    D, told = deep.config.d_head, torch.arange(60, 100)
+    for (number, group), back in net.SAID_BEFORE.items():
+        block, seen = deep.blk[number + 1], []
+        block.attn_v.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1]))
+        read(deep, told[None], torch.zeros(1, len(told)))
+        noted = seen[0][0, :, group * D : (group + 1) * D]
+        heads = deep.config.n_heads // deep.config.n_kv_heads
+        for head in range(group * heads, (group + 1) * heads):
+            said = noted @ block.attn_output.weight[:, head * D : (head + 1) * D].T
+            words = deep.token_embd.weight[told]
+            likest = (said @ (words - words.mean(0)).T).argmax(-1)
+            assert (likest[back:] == torch.arange(len(told) - back)).float().mean() > 0.8
+
+
+@torch.no_grad()
 def test_words_that_are_spelled_alike_begin_alike():
     """And as large as before."""
     table = torch.randn(6, 64, generator=torch.Generator().manual_seed(7))

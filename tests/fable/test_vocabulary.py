@@ -12,16 +12,30 @@ from refollama.fable.vocabulary import (
     said,
     written,
 )
-from refollama.fable.world import ANIMALS, CITIES, COLOURS, DAYS, FRUITS, NAMES, PLACES
+from refollama.fable.world import (
+    ANIMALS,
+    CITIES,
+    COLOURS,
+    DAYS,
+    FAMILY,
+    FRUITS,
+    NAMES,
+    NUMBERS,
+    OPPOSITES,
+    PLACES,
+    SAYS,
+)
 from refollama.messages import Chat, Message
 from refollama.text.tokenizer import TokenType
 
 WORLD = (*NAMES, *ANIMALS, *COLOURS, *PLACES, *CITIES, *DAYS, *FRUITS)
+BY_HEART = (*NUMBERS, *OPPOSITES, *FAMILY.values(), *SAYS.values())
 
 
 def spellings(word):
-    """In a sentence, typed without capitals, in capitals, alone."""
-    return [f" {word}", f" {word.lower()}", f" {word.upper()}", word[0].upper() + word[1:]]
+    """In a sentence, typed without capitals, in capitals; alone, and so in capitals."""
+    first = word[0].upper() + word[1:]
+    return [f" {word}", f" {word.lower()}", f" {word.upper()}", first, word.upper()]
 
 
 def test_every_word_of_the_world_is_one_token(words):
@@ -29,10 +43,22 @@ def test_every_word_of_the_world_is_one_token(words):
     assert split == []
 
 
+def test_every_answer_in_one_word_is_one_token(words):
+    """Spelled by two, the first of them would have to be chosen for the sake of the second."""
+    split = [word for word in BY_HEART for form in spellings(word) if len(words.encode(form)) > 1]
+    assert split == []
+
+
 def test_values_of_objects_are_one_token(words):
     """Behind a quotation mark stands no space."""
     split = [word for word in (*NAMES, *COLOURS, *CITIES) if len(words.encode(word)) > 1]
     assert split == []
+
+
+def test_keys_and_values_of_objects_are_near_each_other(words):
+    """What stands three tokens ago is found; what stands seven ago is not, by so small a model."""
+    spelled = [words.decode([id]) for id in words.encode('{"age": 9, "name": "Eva", "food": null}')]
+    assert "|".join(spelled) == '{"|age|":| 9|, "|name|": "|Eva|", "|food|":| null|}'
 
 
 def test_every_text_comes_back_and_costs_no_bytes(words, talks, held):
