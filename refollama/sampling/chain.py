@@ -105,10 +105,15 @@ class Sampler:
         if not np.isfinite(logits.detach().numpy()).all():  # torch takes several times as long
             raise RefollamaError("the model's output is not a number: the weights may be damaged")
         self._show("logits", logits, logits)
+        ids = None
         for name, stage in self._stages:
+            if name == "top_k" and self.on_stage is None:  # who watches sees all candidates
+                ids, logits = filters.shortlist(logits, self.options.top_k)
+                continue
             before, logits = logits, stage(logits)
             self._show(name, before, logits)
         token = self._chosen(logits)
+        token = token if ids is None else int(ids[token])
         if self.on_stage is not None:
             self._show("draw", logits, filters.only(logits, [token]))
         self.window.append(token)

@@ -47,6 +47,18 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     return only(logits, logits.topk(k).indices)
 
 
+def shortlist(logits: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
+    """What `top_k` keeps, without the rest: later filters and the draw need not look at it.
+
+    Shapes: (V,) → ids (k,), rising, so that of equals the lower still comes first; logits (k,).
+    Where all are kept: None, and the logits as they are.
+    """
+    if not 0 < k < len(logits):
+        return None, logits
+    ids = logits.topk(k).indices.sort().values
+    return ids, logits[ids]
+
+
 def top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the smallest set of best candidates whose probabilities reach p; at least one.
 

@@ -109,10 +109,18 @@ def test_every_candidate_is_dropped_once_or_drawn():
         assert float(one.probs.sum()) == pytest.approx(1)
 
 
-def test_watching_changes_nothing():
-    logits = torch.randn(500, generator=torch.Generator().manual_seed(2))
-    plain, shown = Sampler(PLAIN), Sampler(PLAIN, on_stage=lambda name, candidates: None)
-    assert [plain(logits) for _ in range(20)] == [shown(logits) for _ in range(20)]
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("k", [0, 1, 40, 499, 500])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tfs_z": 0.9, "typical_p": 0.9, "top_p": 0.9, "min_p": 0.02}]
+)
+def test_watching_changes_nothing(k, changes, equal):
+    """Though a sampler that nobody watches looks at the `top_k` best alone."""
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(2)) * 2
+    logits = logits.round() if equal else logits
+    options = with_(top_k=k, repeat_penalty=1.2, **changes)
+    plain, shown = Sampler(options), Sampler(options, on_stage=lambda name, candidates: None)
+    assert [plain(logits) for _ in range(50)] == [shown(logits) for _ in range(50)]
 
 
 @pytest.mark.parametrize(
