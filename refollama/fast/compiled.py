@@ -20,7 +20,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
@@ -125,18 +125,27 @@ class CompiledBlock(Block):
 
     def _through(self, routine: Routine, x: Tensor, step: Step, rows: slice) -> Tensor:
         """The routine knows sizes, not strides: all must lie in one piece, as a cache does."""
-        rowed = (
-            x[rows, 0],
-            step.cos[rows, 0, 0],
-            step.sin[rows, 0, 0],
-            step.positions[rows, 0],
-            step.cache.slots[rows].to(x.device),
-            step.visible[rows, 0],
-        )
         memory = step.cache.cache
         keys, values = memory.keys[self.layer], memory.values[self.layer]
-        [y] = routine([*(one.contiguous() for one in rowed), keys, values, *self._made])
+        given = [x[rows, 0].contiguous(), *_shared(step, rows), keys, values, *self._made]
+        [y] = routine(given)
         return y[:, None]
+
+
+def _shared(step: Step, rows: slice) -> Sequence[Tensor]:
+    """What the routines of all blocks are told of these rows of a step, cos to visible: made by
+    the first block and kept with the step, for as long as nobody gives it another of them."""
+    told = step.cos, step.sin, step.positions, step.cache.slots, step.visible
+    kept: dict[int | None, tuple[Sequence[Tensor], Sequence[Tensor]]]
+    kept = vars(step).setdefault("told", {})
+    before, made = kept.get(rows.start, ((), ()))
+    if not before or any(one is not other for one, other in zip(before, told, strict=True)):
+        cos, sin, positions, slots, visible = told
+        slots = slots[rows].to(positions.device)
+        some = cos[rows, 0, 0], sin[rows, 0, 0], positions[rows, 0], slots, visible[rows, 0]
+        made = [one.contiguous() for one in some]
+        kept[rows.start] = told, made
+    return made
 
 
 def _weights(block: Block) -> Iterator[Tensor]:

@@ -180,6 +180,24 @@ def test_a_part_that_was_swapped_is_used_and_a_weight_that_was_written(warmed):
 
 @compiler
 @slow
+def test_what_somebody_changes_of_a_step_reaches_the_blocks_behind(warmed):
+    """Each sees the token itself, and nothing before it, from the second block on."""
+
+    def narrow(block, given):
+        step = given[1]
+        step.visible = step.visible & (torch.arange(step.visible.shape[2]) == step.positions[0, 0])
+
+    net, ids = net_of(warmed), some_tokens(6).tolist()
+    plain, before = as_it_was(net), written(net, ids)
+    for one in (net, plain):
+        one.blk[1].register_forward_pre_hook(narrow)
+    found = written(net, ids)
+    torch.testing.assert_close(found, written(plain, ids), atol=0.02, rtol=0.02)
+    assert not torch.allclose(found, before, atol=0.02)
+
+
+@compiler
+@slow
 def test_gradients_pass_and_another_cache_has_no_routine(warmed):
     net = net_of(warmed)
     x = torch.randn(1, 1, net.config.d_model, requires_grad=True)
