@@ -43,6 +43,7 @@ format: $(VENV)/.test  ## let ruff lay out the code
 
 bench: $(VENV)/.bench  ## measure: load, first token, prefill, decode, rivals, and pull, in tables
 	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m benchmarks.around
 	$(BIN)/python -m benchmarks.rivals --quick
 	$(BIN)/python -m benchmarks.registry $(if $(MEGABYTES),--megabytes $(MEGABYTES))
 

@@ -8,7 +8,7 @@ A batch is a function of seed and step alone, so a run that was stopped goes on 
 been. At the end the weights are packed and written as a GGUF file, by which fable runs.
 
     what      weights   a step                              seconds on one core, in bfloat16
-    text      1.5 M     8 rows of 512 tokens                0.6     (0.9 in float32)
+    text      1.6 M     8 rows of 512 tokens                0.6     (0.9 in float32)
     vision    1.8 M     24 rows of 160, with 26 drawings    0.5     (0.7)
 """
 

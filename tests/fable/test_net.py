@@ -169,7 +169,8 @@ def test_some_heads_begin_by_saying_what_stood_before_the_place_they_found(deep)
     """Among the words of a list, as the head of the next block would find them."""
     D, told = deep.config.d_head, torch.arange(60, 100)
     for (number, group), back in net.SAID_BEFORE.items():
-        block, seen = deep.blk[number + 1], []
+        block = deep.blk[number + 1]
+        seen: list[torch.Tensor] = []
         block.attn_v.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1]))
         read(deep, told[None], torch.zeros(1, len(told)))
         noted = seen[0][0, :, group * D : (group + 1) * D]
