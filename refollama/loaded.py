@@ -51,7 +51,7 @@ from refollama.errors import (
     UnsupportedModel,
 )
 from refollama.fable.bundled import stock
-from refollama.fast import exactly, hasten, more_bytes, reading
+from refollama.fast import exactly, hasten, more_bytes, reading, threads_for_writing
 from refollama.kvcache import CPU
 from refollama.messages import Chat, Chunk, Message, Reached
 from refollama.models.exact import warn_if_not_exact
@@ -523,8 +523,8 @@ class LoadedModel:
         assert isinstance(wanted, CacheKind)
         net = wanted.turned(self.net)
         cache = net.new_cache(self._slots, wanted.dtype, CPU if wanted.low_vram else None)
-        reads = partial(reading, self.defaults.prompt_bits)
-        return Engine(net, cache, self._marks(), reading=reads)
+        reads, writes = partial(reading, self.defaults.prompt_bits), threads_for_writing(net)
+        return Engine(net, cache, self._marks(), reading=reads, writing_threads=writes)
 
     def _marks(self) -> Marks:
         """BOS ends an answer, too: where a model draws it, another text would begin."""

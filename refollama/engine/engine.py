@@ -54,6 +54,7 @@ class Engine:
     As many as the cache has slots run side by side, others wait. The cache is the
     engine's own from now on. reading: what surrounds each step that reads of a prompt; a net that
     may round must not then, or an answer would depend on how its prompt was divided.
+    writing_threads: of the steps that write, where no option says otherwise; 0: torch's own number.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Engine:
         *,
         max_queue: int = MAX_QUEUE,
         reading: Reading = contextlib.nullcontext,
+        writing_threads: int = 0,
     ) -> None:
         self.net = net
         self.marks = marks
-        self._reading = reading
+        self._reading, self._writing_threads = reading, writing_threads
         self._cache = cache
         self._scheduler = Scheduler(cache.slots, max_queue)
         self._changed = threading.Condition()  # guards the scheduler; notified when work arrives
@@ -229,16 +231,17 @@ class Engine:
         positions = starts[:, None] + torch.arange(width)  # (B, T)
         slots = [seq.slot for seq in step if seq.slot is not None]
         reading = self._reading() if step[0].reading else contextlib.nullcontext()
-        with threads(max(seq.options.num_thread for seq in step)), reading:
+        usual = 0 if step[0].reading else self._writing_threads
+        with threads(max(seq.options.num_thread for seq in step) or usual), reading:
             logits = self.net(
                 torch.tensor(tokens, device=self.net.device),
                 positions.to(self.net.device),
                 self._cache.rows(slots, int(positions.max()) + 1),
             )
-        for seq, row in zip(step, logits, strict=True):
-            seq.seen(width)
-            if not seq.reading:
-                self._choose(seq, row)
+            for seq, row in zip(step, logits, strict=True):
+                seq.seen(width)
+                if not seq.reading:
+                    self._choose(seq, row)
 
     def _shift(self, seq: Sequence) -> None:
         """Its context is full: what follows the kept tokens is forgotten, the rest moves up."""

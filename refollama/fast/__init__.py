@@ -15,9 +15,18 @@ for itself. Long prompts are read in slabs, as exactly as on the plain path; and
 that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 """
 
-from refollama.fast.choice import hasten, more_bytes
+from refollama.fast.choice import hasten, more_bytes, threads_for_writing
 from refollama.fast.compiled import CompiledBlock, warm
 from refollama.fast.copies import keep
 from refollama.fast.prepared import exactly, reading
 
-__all__ = ["CompiledBlock", "exactly", "hasten", "keep", "more_bytes", "reading", "warm"]
+__all__ = [
+    "CompiledBlock",
+    "exactly",
+    "hasten",
+    "keep",
+    "more_bytes",
+    "reading",
+    "threads_for_writing",
+    "warm",
+]

@@ -25,6 +25,7 @@ from refollama.models.llama import Llama
 from refollama.models.meter import Count, unheard
 
 SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
+TINY = 1 << 24  # and for its answers to be written by one thread
 FOR_COPIES = 0.5  # of the memory that is available
 MEMINFO = Path("/proc/meminfo")
 
@@ -103,6 +104,16 @@ def copied_bytes(part: Linear | Experts) -> float:
     if _fits_nibbles(one, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
     return (1 + len(others)) * len(one.weight) * columns(one) * bits / 8
+
+
+def threads_for_writing(net: nn.Module) -> int:
+    """How many threads should write an answer, one token at a time; 0: as many as torch chooses.
+
+    Of a net whose matrices take some megabytes each product is done before another thread has
+    begun; and whoever hands the tokens on has a core to itself.
+    """
+    kept = [part for part in net.modules() if isinstance(part, KeptLinear)]
+    return 1 if kept and sum(map(unpacked_bytes, kept)) <= TINY else 0
 
 
 def more_bytes(net: nn.Module) -> int:

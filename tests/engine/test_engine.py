@@ -636,6 +636,18 @@ def test_num_thread_holds_for_the_steps_of_that_request(engine, measured):
     measured("options", "num_thread", "definition", "equal")
 
 
+def test_a_net_may_be_written_by_fewer_threads_than_it_is_read_by(engine):
+    """Unless a request says how many it wants."""
+    before, seen = torch.get_num_threads(), []
+    one = engine(
+        FakeNet(before_step=lambda tokens: seen.append(torch.get_num_threads())), writing_threads=1
+    )
+    list(one.stream([1], GREEDY))
+    list(one.stream([2], GREEDY.updated({"num_thread": os.cpu_count()})))
+    assert seen == [before] + [1] * 19 + [os.cpu_count()] * 20
+    assert torch.get_num_threads() == before
+
+
 # ── when something breaks, or changes ─────────────────────────────────────────────────────────
 
 

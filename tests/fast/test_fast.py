@@ -7,7 +7,7 @@ import torch
 
 import refollama
 from refollama.fable.bundled import FOLDER
-from refollama.fast import exactly, hasten, more_bytes
+from refollama.fast import exactly, hasten, more_bytes, threads_for_writing
 from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
@@ -194,6 +194,16 @@ def test_a_small_net_is_kept_unpacked_and_no_bit_changes(tmp_path, monkeypatch):
     dense = sum(part.dense().nbytes for part in fast.modules() if isinstance(part, Linear))
     assert more_bytes(fast) == dense
     assert more_bytes(plain) == 0
+
+
+def test_a_tiny_net_is_written_by_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr("refollama.fast.choice.SMALL", 1 << 26)
+    path = write_model(tmp_path / "m.gguf", type="Q8_0")
+    tiny, plain = load_net(path), load_net(path)
+    hasten(tiny)
+    assert (threads_for_writing(tiny), threads_for_writing(plain)) == (1, 0)
+    monkeypatch.setattr("refollama.fast.choice.TINY", 1000)
+    assert threads_for_writing(tiny) == 0
 
 
 MIXTURE: Any = {"expert_count": 4, "expert_used_count": 2}
