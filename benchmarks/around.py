@@ -83,7 +83,7 @@ def speeds(llm: LoadedModel, client: Client, model: str) -> Callable[[int], Meas
 
 def _rate(pieces: Iterator[object]) -> float:
     """Pieces a second; what comes before the first is another matter."""
-    next(pieces)
+    next(pieces, None)
     start, count = perf_counter(), 0
     for _ in pieces:
         count += 1

@@ -101,7 +101,8 @@ def learn_from(
 
 
 def spellings(word: str) -> set[str]:
-    """In a sentence, in one that was typed without capitals, in a loud one; at the front of two."""
+    """Within a sentence, one that was typed without capitals, a loud one; and at the front of one
+    or of a loud one."""
     loud = word.upper()
     return {f" {word}", f" {word.lower()}", f" {loud}", capital(word), loud}
 
