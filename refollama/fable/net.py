@@ -154,8 +154,11 @@ def begin_by_looking_up(net: Llama, seed: int) -> None:
     for number, (block, groups) in enumerate(zip(others, LOOKED_UP, strict=False)):
         for group, heads in enumerate(groups):
             _match(block, group, heads, spaces, rng)
+            seen = _orthogonal(M, rng)[:D]
             if back := SAID_BEFORE.get((number, group)):
-                _say_before(block, group, len(heads), spaces[back], spaces[0])
+                _say(block, group, len(heads), spaces[back], SAID * spaces[0])
+            else:
+                _say(block, group, len(heads), seen, SAID / len(heads) * seen)
 
 
 def _look_back(block: Block, rope: Rope, constant: Tensor, spaces: Sequence[Tensor]) -> None:
@@ -180,29 +183,28 @@ def _match(
     spaces: Sequence[Tensor],
     rng: torch.Generator,
 ) -> None:
-    """The heads of a group look where `there` is what `here` is now, for each of their pairs, and
-    say what they see."""
-    D, M = block.config.d_head, block.config.d_model
+    """The heads of a group look where `there` is what `here` is now, for each of their pairs."""
+    D = block.config.d_head
     room, still = len(spaces[0]), D - 2 * TURNING  # what turns is not alike from afar
     seen = sorted({there for pairs in heads for _, there in pairs})
     # All of it shares one key, each through directions of its own.
     turned = {there: _orthogonal(room, rng)[:still] for there in seen}
     key = torch.stack([turned[there] @ spaces[there] for there in seen]).sum(0)
-    said = _orthogonal(M, rng)[:D]
     block.attn_k.weight[_part(group, D)] = LIKENESS * _last(key, D)
-    block.attn_v.weight[_part(group, D)] = said
     for head, pairs in enumerate(heads, group * len(heads)):
         query = torch.stack([turned[there] @ spaces[here] for here, there in pairs]).sum(0)
         block.attn_q.weight[_part(head, D)] = LIKENESS * _last(query, D)
-        block.attn_output.weight[:, _part(head, D)] = SAID / len(heads) * said.T
 
 
-def _say_before(block: Block, group: int, heads: int, noted: Tensor, now: Tensor) -> None:
-    """What was noted where they look is said as if it stood here."""
+def _say(block: Block, group: int, heads: int, reads: Tensor, writes: Tensor) -> None:
+    """What the heads of a group see in some directions where they look they write into others.
+
+    Shapes: reads, writes (n ≤ D, d_model), row for row
+    """
     D = block.config.d_head
-    block.attn_v.weight[_part(group, D)] = _last(noted, D)
+    block.attn_v.weight[_part(group, D)] = _last(reads, D)
     for head in range(group * heads, (group + 1) * heads):
-        block.attn_output.weight[:, _part(head, D)] = SAID * _last(now, D).T
+        block.attn_output.weight[:, _part(head, D)] = _last(writes, D).T
 
 
 def _last(some: Tensor, rows: int) -> Tensor:
