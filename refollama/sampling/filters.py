@@ -42,9 +42,8 @@ def penalize(
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Keep exactly the k best candidates, even among equals; k ≤ 0 keeps all.  (V,) → (V,)"""
-    if not 0 < k < len(logits):
-        return logits
-    return only(logits, logits.topk(k).indices)
+    ids, _ = shortlist(logits, k)
+    return logits if ids is None else only(logits, ids)
 
 
 def shortlist(logits: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
