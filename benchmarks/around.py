@@ -16,7 +16,6 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import cycle, islice
 from time import perf_counter
 
 import torch
@@ -51,8 +50,9 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, list[float]] = defaultdict(list)
     with refollama.load(given.model) as llm, private_server() as url, Client(url) as client:
+        measures = speeds(llm, client, given.model), costs(llm), waits(llm)
         for turn in track(range(given.rounds + 1), "measuring", transient=True):
-            for measure in (speeds(llm, client, given.model), costs(llm), waits(llm)):
+            for measure in measures:
                 for name, value in measure(turn):
                     if turn:  # the first round is not counted
                         found[name].append(value)
@@ -113,7 +113,8 @@ def costs(llm: LoadedModel) -> Callable[[int], Measured]:
 
 def waits(llm: LoadedModel) -> Callable[[int], Measured]:
     """What a prompt may cost before it is read, and when most of it is known."""
-    text = "".join(islice(cycle(f"{STORY} {OBJECT}\n"), MEGABYTE))
+    line = f"{STORY} {OBJECT}\n"
+    text = (line * (MEGABYTE // len(line) + 1))[:MEGABYTE]
     most = min(LONG, llm.net.n_ctx - 8)
 
     def measure(turn: int) -> Measured:
