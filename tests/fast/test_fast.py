@@ -118,7 +118,7 @@ def test_many_tokens_are_multiplied_in_slabs_exactly(monkeypatch, type, bias):
     fast = replaced(plain)
     monkeypatch.setattr("refollama.fast.slabs.SLAB", 48 * 512)  # 128 rows: three slabs
     x = tokens(40)
-    torch.testing.assert_close(fast(x[None])[0], plain(x), atol=1e-5, rtol=1e-6)
+    assert off(fast(x[None])[0], plain(x)) < 1e-6  # float32, in whatever order it is added
 
 
 def test_what_is_not_packed_goes_in_slabs():

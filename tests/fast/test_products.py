@@ -5,7 +5,7 @@ import torch
 
 import refollama
 from refollama.fable.bundled import FOLDER
-from refollama.fast import exactly, reading
+from refollama.fast import exactly, products, reading
 from refollama.fast.prepared import bits_for
 from refollama.fast.products import as_int8, product
 from refollama.models.layers import Linear
@@ -133,6 +133,19 @@ def test_a_story_is_as_likely_to_who_read_it_in_fewer_bits(tmp_path, type, bits,
     kl = (plain.exp() * (plain - ours)).sum(-1).mean().item()
     assert 0 < kl < most
     measured("fast parts", f"fable as {type}, prompt_bits {bits}", "plain path, KL", kl, len(plain))
+
+
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
+def test_both_libraries_add_up_the_same(monkeypatch):
+    """Float32 by MKL and by oneDNN; and a token alone is MKL's in any case."""
+    plain, x, found = part("Q4_0", bias=True), tokens(40), {}
+    for there in (True, False):
+        monkeypatch.setattr(products, "by_onednn", lambda there=there: there)
+        with exactly():
+            found[there] = replaced(plain)(x[None])[0], replaced(plain)(x[:1])
+    assert off(found[True][0], plain(x)) < 1e-6
+    assert off(found[False][0], plain(x)) < 1e-6
+    assert torch.equal(found[True][1], found[False][1])
 
 
 def test_a_part_without_a_fast_one_is_exact():
