@@ -157,6 +157,7 @@ class Beheld(Embedding):
 
     rows: Tensor  # (drawings · PATCHES, d_model)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # so many rows as are seen
     def forward(self, tokens: Tensor) -> Tensor:
         V = len(self.weight)
         seen = tokens >= V
