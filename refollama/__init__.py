@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # A row of a matrix product must not depend, in its last bit, on how many rows there are: only so is
 # an answer the same whether its prompt was read at once, in parts, or found in the cache. Intel's
-# MKL promises that in its strict mode, which it looks up before its first product.
+# MKL promises that in its strict mode, which it looks up before its first product; for others see
+# models/exact.py.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __all__ = ["Client", "Options", "__version__", "load", "load_tokenizer", "weights"]

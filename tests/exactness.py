@@ -1,7 +1,7 @@
 """What may differ in the last bit, and on which machines.
 
-Intel's MKL, asked for it, computes a row of a product alike whatever rows stand beside it. On a
-processor where nothing does, laws that say "to the last bit" hold up to the rounding of float32.
+On Intel's and AMD's processors a row of a product is computed alike whatever rows stand beside it.
+Where nothing does so, laws that say "to the last bit" hold up to the rounding of float32.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from refollama.fast.prepared import Made, PreparedLinear
 from refollama.fast.slabs import columns
+from refollama.models.exact import linear
 
 
 class KeptLinear(PreparedLinear):
@@ -24,4 +24,4 @@ class KeptLinear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         (matrix,) = self.prepared()
-        return functional.linear(x.contiguous(), matrix, self.bias)
+        return linear(x, matrix, self.bias)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from refollama.fast.prepared import bits_for
-from refollama.models.exact import rows_are_exact
+from refollama.models.exact import NONE, fewest, linear
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 MOST = 127  # of int8; -128 would have no counterpart
@@ -35,25 +35,26 @@ def product(x: Tensor) -> Product:
         return partial(_in_16_bits, x.bfloat16())
     if bits == 8 and x.numel():
         return partial(_in_8_bits, *as_int8(x.reshape(-1, x.shape[-1])), x.shape[:-1])
-    own = x.device.type != "cpu" or x.requires_grad or len(x.view(-1, x.shape[-1])) < 2
-    return partial(functional.linear if own or not by_onednn() else _in_onednn, x)
+    by_other = x.device.type == "cpu" and not x.requires_grad and by_onednn()
+    return partial(linear, x, by=onednn if by_other else functional.linear)
+
+
+def onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b by oneDNN, in float32."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    return y
 
 
 @cache
 def by_onednn() -> bool:
     """Does oneDNN multiply float32 sooner than torch's own choice, which is Intel's MKL?
 
-    On Intel's processors MKL does well, and computes each row alike beside others. On AMD's it does
-    neither: there oneDNN takes less than half the time (on one core of Zen 5, 512 tokens by
-    2048 × 2048: 230 against 100 G operations/s).
+    On AMD's processors it takes less than half the time: on one core of Zen 5, 512 tokens by
+    2048 × 2048, 230 against 100 G operations/s. On Intel's MKL does well; there its strict mode
+    needs no company for a row.
     """
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return vectors and torch._C._has_mkldnn and not rows_are_exact()
-
-
-def _in_onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
-    return y
+    return vectors and torch._C._has_mkldnn and fewest() != 1 and fewest(onednn) != NONE
 
 
 def _in_16_bits(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

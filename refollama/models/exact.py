@@ -1,35 +1,100 @@
-"""Does this machine multiply so that a row never depends on the rows beside it?
+"""Products of which each row is the same, to the last bit, whatever rows stand beside it.
 
 That is what makes an answer the same whether its prompt was read at once, in parts, or found in the
-cache. Intel's MKL does so in its strict mode, which `refollama/__init__.py` asks for; but MKL reads
-that wish before its first product, so whoever multiplies first and imports later has it no more.
+cache. Libraries take other routines for few rows, which add in another order. Intel's MKL has a
+strict mode without them, which `refollama/__init__.py` asks for; but MKL reads that wish before its
+first product, so whoever multiplies first and imports later has it no more. On AMD's processors it
+does not help: fewer rows than four are computed in another way. So few rows go with copies of
+themselves, as many as are needed; how many that is on this machine is tried once.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 log = logging.getLogger(__name__)
 
-SHAPES = ((64, 96), (512, 256))  # (in, out) of the products that are tried
-PARTS = ((0, 1), (3, 5), (7, 40), (250, 300))  # rows that are computed once more, by themselves
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+TRIED = (1, 2, 4, 8)  # rows, at least
+NONE = 0
+SHAPES = ((64, 96), (100, 37), (16, 2), (512, 256))  # (in, out) of the products that are tried
+# Rows of 300 that are computed once more, by themselves.
+PARTS = ((0, 1), (3, 5), (8, 11), (20, 25), (7, 40), (250, 300))
+
+
+def linear(
+    x: Tensor, w: Tensor, b: Tensor | None = None, by: Multiply = functional.linear
+) -> Tensor:
+    """x·wᵀ + b.  Shapes: x (…, in), w (out, in), b (out,) → (…, out)
+
+    by: what multiplies.
+    """
+    if len(w) == 1:  # a matrix by a vector would take another routine, too
+        return linear(x, w.expand(2, -1), b if b is None else b.expand(2), by)[..., :1]
+    many = x.shape[:-1].numel() >= TRIED[-1] or x.device.type != "cpu"
+    return _at_least(NONE if many else fewest(by), x, w, b, by)
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a·b.  Shapes: (…, rows, n), (…, n, m) → (…, rows, m)
+
+    A row alone would be a vector by a matrix, even where matrices are multiplied strictly.
+    """
+    rows = a.shape[-2]
+    if rows >= TRIED[-1] or rows >= (few := max(2, fewest())):
+        return a @ b
+    return (_repeated(a, few) @ b)[..., :rows, :]
+
+
+def rows_are_exact() -> bool:
+    """Does this machine multiply so, by torch's own choice of a library?"""
+    return fewest() != NONE
 
 
 @cache
-def rows_are_exact() -> bool:
-    """Tried once, with a few small products."""
+def fewest(by: Multiply = functional.linear) -> int:
+    """So many rows are each computed as they are among more; NONE: it takes more than were tried.
+
+    Tried once, with a few small products: 1 with MKL's strict mode on Intel's processors, 4 with it
+    on AMD's.
+    """
     rng = torch.Generator().manual_seed(0)
-    for inner, width in SHAPES:
-        x, w = torch.randn(300, inner, generator=rng), torch.randn(width, inner, generator=rng)
-        together = functional.linear(x, w)
-        for first, last in PARTS:
-            if not torch.equal(functional.linear(x[first:last], w), together[first:last]):
-                return False
-    return True
+    sizes = [
+        (torch.randn(300, n, generator=rng), torch.randn(m, n, generator=rng)) for n, m in SHAPES
+    ]
+    for few in TRIED:
+        if all(_alike(few, x, w, by) for x, w in sizes):
+            return few
+    return NONE
+
+
+def _alike(few: int, x: Tensor, w: Tensor, by: Multiply) -> bool:
+    together = by(x, w, None)
+    return all(
+        torch.equal(_at_least(few, x[first:last], w, None, by), together[first:last])
+        for first, last in PARTS
+    )
+
+
+def _at_least(few: int, x: Tensor, w: Tensor, b: Tensor | None, by: Multiply) -> Tensor:
+    """The product; of fewer rows than that, with copies beside them."""
+    x = x.contiguous()  # rows that do not lie in one line would take another routine, too
+    rows = x.shape[:-1].numel()
+    if not 0 < rows < few:
+        return by(x, w, b)
+    y = by(_repeated(x.view(rows, -1), few), w, b)
+    return y[:rows].view(*x.shape[:-1], -1)
+
+
+def _repeated(x: Tensor, few: int) -> Tensor:
+    """(…, rows, n) → (…, at least few, n): these, and copies of them."""
+    return torch.cat([x] * -(-few // x.shape[-2]), dim=-2)
 
 
 @cache
@@ -39,5 +104,5 @@ def warn_if_not_exact() -> None:
         log.warning(
             "answers may differ in the last bit of their logits, depending on how a prompt was "
             "read: torch's products are not exact by rows (import refollama before anything else "
-            "multiplies; only Intel's MKL can do it)"
+            "multiplies; Intel's MKL can do it)"
         )

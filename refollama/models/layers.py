@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from refollama.kvcache import PIECE
 from refollama.models.config import RopeConfig
+from refollama.models.exact import linear, times
 
 Unpack = Callable[[Tensor], Tensor]  # (…, bytes of a row) uint8 → (…, values of a row) float32
 
@@ -42,8 +43,7 @@ class Linear(nn.Module):
         return self.unpack(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rows that do not lie in one line would take another routine, which adds in another order.
-        return functional.linear(x.contiguous(), self.dense(), self.bias)
+        return linear(x, self.dense(), self.bias)
 
 
 class Experts(nn.Module):
@@ -60,7 +60,7 @@ class Experts(nn.Module):
         self.unpack = unpack
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
-        return functional.linear(x, self.unpack(self.weight[expert]))
+        return linear(x, self.unpack(self.weight[expert]))
 
 
 class Embedding(nn.Module):
@@ -242,17 +242,6 @@ def weighted(shares: Tensor, v: Tensor) -> Tensor:
     """
     pieces = zip(torch.split(shares, PIECE, -1), torch.split(v, PIECE, -2), strict=True)
     return reduce(torch.add, (times(share, values) for share, values in pieces))
-
-
-def times(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, each row the same to the last bit whatever rows stand beside it.
-
-    Alone, a row would go to another routine (a vector by a matrix), which adds in another order.
-    Shapes: (…, rows, n), (…, n, m) → (…, rows, m).
-    """
-    if a.shape[-2] > 1:
-        return a @ b
-    return (torch.cat((a, a), dim=-2) @ b)[..., :1, :]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

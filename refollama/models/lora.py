@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from refollama.models.exact import linear, times
 from refollama.models.layers import Embedding, Experts, Linear, RMSNorm
 
 Scales = tuple[float, ...]  # one for each adapter, in the order in which they were given
@@ -46,7 +46,7 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
         """(…, in) → (…, out)."""
         a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
-        return functional.linear(functional.linear(x.contiguous(), a), b)
+        return linear(linear(x, a), b)
 
 
 class Branches(nn.ModuleList):
@@ -78,7 +78,7 @@ class LoraLinear(Linear):
         return w
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x.contiguous(), super().dense(), self.bias)
+        y = linear(x, super().dense(), self.bias)
         for branch, scale in self.branches.live():
             y = y + scale * branch(x)
         return y
@@ -110,7 +110,7 @@ class LoraEmbedding(Embedding):
         x: Tensor = self.base(tokens)
         words = tokens < len(self.weight)
         for branch, scale in self.branches.live():
-            more = branch.b[tokens * words] @ branch.a
+            more = times(branch.b[tokens * words], branch.a)
             x = x + scale * more * words[..., None]
         return x
 

@@ -165,11 +165,11 @@ def test_what_float16_cannot_hold_is_multiplied_in_float32():
     plain = part("F16")
     x = tokens(1) * 1e5
     assert x.half().isinf().any()
-    torch.testing.assert_close(replaced(plain)(x), plain(x))
+    assert off(replaced(plain)(x), plain(x)) < 1e-6
     x = tokens(1) * 1e4
     assert x.half().isfinite().all()
     assert plain(x).half().isinf().any()
-    torch.testing.assert_close(replaced(plain)(x), plain(x))
+    assert off(replaced(plain)(x), plain(x)) < 1e-6
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q6_K", "F16", "Q3_K"])

@@ -136,16 +136,24 @@ def test_a_story_is_as_likely_to_who_read_it_in_fewer_bits(tmp_path, type, bits,
 
 
 @pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
-def test_both_libraries_add_up_the_same(monkeypatch):
-    """Float32 by MKL and by oneDNN; and a token alone is MKL's in any case."""
-    plain, x, found = part("Q4_0", bias=True), tokens(40), {}
+@pytest.mark.parametrize("count", [1, 40])
+def test_both_libraries_add_up_the_same(monkeypatch, count):
+    """Float32 by MKL and by oneDNN."""
+    plain, x = part("Q4_0", bias=True), tokens(count)
     for there in (True, False):
         monkeypatch.setattr(products, "by_onednn", lambda there=there: there)
         with exactly():
-            found[there] = replaced(plain)(x[None])[0], replaced(plain)(x[:1])
-    assert off(found[True][0], plain(x)) < 1e-6
-    assert off(found[False][0], plain(x)) < 1e-6
-    assert torch.equal(found[True][1], found[False][1])
+            assert off(replaced(plain)(x), plain(x)) < 1e-6
+
+
+@pytest.mark.skipif(not products.by_onednn(), reason="MKL is as good on this processor")
+@pytest.mark.parametrize("type", ["Q4_0", "F16", "F32"])
+def test_by_either_a_token_is_the_same_beside_others_to_the_last_bit(type):
+    fast, x = replaced(part(type, bias=True)), tokens(40)
+    with exactly():
+        together = fast(x)
+        for count in (1, 2, 3, 7, 33):
+            assert torch.equal(fast(x[:count]), together[:count])
 
 
 def test_a_part_without_a_fast_one_is_exact():

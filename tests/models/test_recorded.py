@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from refollama.models.exact import rows_are_exact
+from refollama.models.exact import fewest
 from refollama.models.load import load_net
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.gguf import write_gguf
@@ -199,5 +199,5 @@ def test_an_adapter_computes_what_peft_computes(tmp_path):
     net = load_net(write(tmp_path / "m.gguf", settings), adapters=[folder])
     wanted = np.array(recorded("lora")["logits"])
     found = logits_of(net, some_tokens(settings), 40)[-len(wanted) :]
-    limit = LIMIT if rows_are_exact() else 5 * LIMIT  # another order of adding
+    limit = LIMIT if fewest() == 1 else 5 * LIMIT  # another library, or another order of adding
     assert np.abs(found - wanted).max() < limit
