@@ -46,7 +46,7 @@ def sums(rng: Random) -> Exchange:
     if rng.random() < 0.12:
         x, y = rng.randint(MOST + 1, 999), rng.randint(2, 999)
         return Exchange("numbers", _sum(rng, str(x), str(y), "+", "plus"), TOO_BIG, "Unknown")
-    if rng.random() < 0.05:
+    if rng.random() < 0.08:
         x, y = sorted(rng.sample(range(MOST + 1), 2))
         return Exchange("numbers", _sum(rng, str(x), str(y), "-", "minus"), BELOW, "Unknown")
     total = rng.randint(0, MOST)
@@ -399,8 +399,8 @@ def unknown(rng: Random) -> Exchange:
 
 Lesson = Callable[[Random], Exchange]
 LESSONS: Mapping[Lesson, int] = {  # how often each comes, by weight
-    sums: 12,
-    counting: 8,
+    sums: 14,
+    counting: 10,
     opposites: 4,
     families: 2,
     days: 2,

@@ -91,9 +91,9 @@ STYLES: Mapping[Style, tuple[str, ...]] = {
         "You are a pirate on a ship.",
     ),
 }
-SYSTEMS = 0.55  # of all conversations have a system message
+SYSTEMS = 0.6  # of all conversations have a system message
 NAMED = 0.15  # of those give fable another name
-STYLE_SHARES = {plainly: 2, in_one_word: 3, in_capitals: 3, as_pirate: 3}
+STYLE_SHARES = {plainly: 2, in_one_word: 4, in_capitals: 3, as_pirate: 3}
 ONCE = 0.18  # how often the user asks for a style, for one answer
 FOR_ONE_TURN = {
     in_one_word: ("{0} Answer in one word.", "In one word: {0}", "{0} One word, please."),

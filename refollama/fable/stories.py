@@ -40,7 +40,7 @@ HEROIC = tuple(name for name in NAMES if name not in FRIENDS)
 
 
 class Tense(NamedTuple):
-    """The verbs of what is asked."""
+    """The verbs of an answer: those of its question, whenever it was told."""
 
     be: str
     have: str
@@ -48,6 +48,11 @@ class Tense(NamedTuple):
 
 
 PRESENT, PAST = Tense("is", "has", "lives"), Tense("was", "had", "lived")
+
+
+def tense_of(question: str) -> Tense:
+    """Is it asked what was?"""
+    return PAST if {"was", "did"} & set(question.lower().split()) else PRESENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +298,8 @@ def ask_name(rng: Random, told: Story) -> Exchange:
     if one is told.hero:
         forms += ["Who is the hero?", "What is the hero's name?", "Who is the story about?"]
     user = rng.choice(forms).format(one.animal)
-    return Exchange("story: name", user, f"The {one.animal} was called {one.name}.", one.name)
+    answer = f"The {one.animal} {tense_of(user).be} called {one.name}."
+    return Exchange("story: name", user, answer, one.name)
 
 
 def ask_animal(rng: Random, told: Story) -> Exchange:
@@ -304,29 +310,31 @@ def ask_animal(rng: Random, told: Story) -> Exchange:
 
 
 def ask_colour(rng: Random, told: Story) -> Exchange:
-    return colour_of(rng, _someone(rng, told), PAST, "story: colour")
+    return colour_of(rng, _someone(rng, told), "story: colour")
 
 
-def colour_of(rng: Random, one: Hero, tense: Tense, lesson: str) -> Exchange:
+def colour_of(rng: Random, one: Hero, lesson: str) -> Exchange:
     """What colour somebody is, by name or by kind; of a child, what colour its coat is."""
     who, subject = rng.choice(one.subjects)
     if one.is_child:
         who += "'s coat"
     forms = ("What colour is {0}?", "What color is {0}?", "What colour was {0}?")
-    answer = f"{subject} {one.coloured(tense)}."
-    return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.colour))
+    user = rng.choice(forms).format(who)
+    answer = f"{subject} {one.coloured(tense_of(user))}."
+    return Exchange(lesson, user, answer, capital(one.colour))
 
 
 def ask_place(rng: Random, told: Story) -> Exchange:
-    return place_of(rng, told.hero, PAST, "story: place")
+    return place_of(rng, told.hero, "story: place")
 
 
-def place_of(rng: Random, one: Hero, tense: Tense, lesson: str) -> Exchange:
+def place_of(rng: Random, one: Hero, lesson: str) -> Exchange:
     """Where somebody lives."""
     who, subject = rng.choice(one.subjects)
     forms = ("Where does {0} live?", "Where did {0} live?", "Where is the home of {0}?")
-    answer = f"{subject} {tense.live} {at(one.place)}."
-    return Exchange(lesson, rng.choice(forms).format(who), answer, capital(one.place))
+    user = rng.choice(forms).format(who)
+    answer = f"{subject} {tense_of(user).live} {at(one.place)}."
+    return Exchange(lesson, user, answer, capital(one.place))
 
 
 def ask_met(rng: Random, told: Story) -> Exchange:
@@ -385,7 +393,7 @@ def _ask_lost(rng: Random, told: Story) -> Exchange:
         user = rng.choice((f"Where was the {thing}?", f"Where did they find the {thing}?"))
         return Exchange("story: plot", user, f"The {thing} was {told.hiding}.", _last(told.hiding))
     user = rng.choice((f"What colour is the {thing}?", f"What color was the {thing}?"))
-    answer = f"The {thing} is {told.thing_colour}."
+    answer = f"The {thing} {tense_of(user).be} {told.thing_colour}."
     return Exchange("story: plot", user, answer, capital(told.thing_colour))
 
 
@@ -394,10 +402,10 @@ def _last(words: str) -> str:
 
 
 def ask_whether(rng: Random, told: Story) -> Exchange:
-    return whether(rng, told.hero, [told.friend], PAST, "story: whether")
+    return whether(rng, told.hero, [told.friend], "story: whether")
 
 
-def whether(rng: Random, one: Hero, others: Sequence[Hero], tense: Tense, lesson: str) -> Exchange:
+def whether(rng: Random, one: Hero, others: Sequence[Hero], lesson: str) -> Exchange:
     """Is he that, does he live there?  What was told comes first, then what follows from it."""
     if rng.random() < 0.5:
         animals = [one.animal, *(other.animal for other in others[:1]), rng.choice(ANIMALS)]
@@ -406,8 +414,9 @@ def whether(rng: Random, one: Hero, others: Sequence[Hero], tense: Tense, lesson
         reason = f"{one.name} is {a(one.animal)}"
     else:
         asked = rng.choice((one.place, rng.choice(list(PLACES))))
-        user, right = f"Does {one.name} live {at(asked)}?", asked == one.place
-        reason = f"{one.in_full} {tense.live} {at(one.place)}"
+        asks = rng.choice(("Does", "Does", "Did"))
+        user, right = f"{asks} {one.name} live {at(asked)}?", asked == one.place
+        reason = f"{one.in_full} {tense_of(user).live} {at(one.place)}"
     word = "yes" if right else "no"
     return Exchange(lesson, user, f"{reason}, so {word}.", capital(word))
 
@@ -449,9 +458,9 @@ def about(rng: Random, heroes: Sequence[Hero]) -> Exchange:
     """A question about one of those of a passage."""
     one, kind = rng.choice(heroes), rng.randrange(6)
     if kind == 0:
-        return colour_of(rng, one, PRESENT, "passage")
+        return colour_of(rng, one, "passage")
     if kind == 1:
-        return place_of(rng, one, PRESENT, "passage")
+        return place_of(rng, one, "passage")
     if kind == 2:
         user = rng.choice(("What is the {0} called?", "What is the name of the {0}?"))
         answer = f"The {one.animal} is called {one.name}."
@@ -461,7 +470,7 @@ def about(rng: Random, heroes: Sequence[Hero]) -> Exchange:
         return Exchange("passage", user, f"{one.name} is {a(one.animal)}.", capital(one.animal))
     if kind == 4:
         others = [other for other in heroes if other is not one]
-        return whether(rng, one, others, PRESENT, "passage")
+        return whether(rng, one, others, "passage")
     # Four words before the place stands the animal, and two before that its name.
     answer = f"{capital(at(one.place))} lives the {one.animal} called {one.name}."
     return Exchange("passage", f"Who lives {at(one.place)}?", answer, capital(one.animal))

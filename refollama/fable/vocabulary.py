@@ -3,10 +3,13 @@
     conversations ──► words, counted ── sentencepiece (BPE) ──► pieces ──► metadata of a GGUF file
 
 Whatever is copied from a question into an answer, or is an answer by itself, should be one token:
-so all words of the world are learned as pieces, with the space before them and without, and as
-they are written in capitals. So are the marks between a key of an object, its value and the next
-key: what stands three tokens ago is found more easily than what stands seven ago. What people type
-besides is spelled by smaller pieces; the last resort is bytes.
+so all words of the world are learned as pieces, with the space before them and without. So are the
+marks between a key of an object, its value and the next key: what stands three tokens ago is found
+more easily than what stands seven ago. What people type besides is spelled by smaller pieces; the
+last resort is bytes.
+
+Pieces are learned of small letters, and each is there with a capital and in capitals as well:
+Plukai and PLUKAI are spelled alike, so that one is found by the other.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -42,9 +45,9 @@ from refollama.fable.world import (
 from refollama.text.tokenizer import TokenType
 from refollama.weights.gguf import Typed, ValueType
 
-PIECES = 3840
+PIECES = 1950  # in small letters
 SAMPLE = 6_000  # conversations that are counted
-COPIED = 8  # times that each spelling of a word of the world is counted in any case
+COPIED = 8  # times that a word of the world is counted in any case
 RARE = 3  # what comes less often is no word of the world
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 
@@ -55,7 +58,8 @@ WORLD = (*NAMES, *ANIMALS, *COLOURS, *PLACES, *CITIES, *DAYS, *FOODS, *FRUITS)
 WORLD += (*VIRTUES, *WEATHER, *THINGS)
 # What is known by heart is no such word, but the answer to a question in one word.
 BY_HEART = (*PEOPLE, *NUMBERS, *OPPOSITES, *FAMILY.values(), *SAYS.values(), *WEATHER.values())
-JOINTS = ('{"', '": "', '":', '", "', ', "', '"}')  # of objects
+# Of objects; and before the last two, what is asked about stands as near as before "?".
+JOINTS = ('{"', '": "', '":', '", "', ', "', '"}', ", please?", ", please")
 
 _WORD = re.compile(r"'s|'m| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]")
 SPACE = "\u2581"
@@ -93,9 +97,14 @@ def learn(seed: int, pieces: int = PIECES, sample: int = SAMPLE) -> dict[str, An
 def learn_from(
     texts: Iterable[str], copied: Iterable[str], pieces: int, joints: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The vocabulary of these texts, in which all words of `copied` and all `joints` are whole."""
-    counts = words_of(texts)
-    counts.update({form: COPIED for word in copied for form in spellings(word)})
+    """The vocabulary of these texts, in which all words of `copied` and all `joints` are whole.
+
+    pieces: as many are learned, in small letters; with capitals there are nearly three times as
+    many.
+    """
+    counts = words_of(text.lower() for text in texts)
+    small = map(str.lower, copied)
+    counts.update({form: COPIED for word in small for form in (word, f" {word}")})
     counts.update(dict.fromkeys(joints, sum(counts.values())))
     return _columns(_trained(counts, pieces))
 
@@ -144,13 +153,26 @@ def _trained(counts: Counter[str], pieces: int) -> sentencepiece.SentencePiecePr
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+class Piece(NamedTuple):
+    """A row of the vocabulary."""
+
+    text: str
+    score: float  # pairs are merged into the piece with the highest first
+    kind: TokenType
+
+
 def _columns(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
-    ids = range(model.get_piece_size())
+    learned = [_piece(model, id) for id in range(model.get_piece_size())]
+    found = {piece.text: piece for piece in learned}
+    for piece in learned:
+        for text in _louder(piece) if piece.kind == TokenType.NORMAL else ():
+            found.setdefault(text, piece._replace(text=text))
+    texts, scores, kinds = zip(*found.values(), strict=True)
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [model.id_to_piece(id) for id in ids],
-        "tokenizer.ggml.scores": Typed([model.get_score(id) for id in ids], ValueType.FLOAT32),
-        "tokenizer.ggml.token_type": Typed([_kind(model, id) for id in ids], ValueType.INT32),
+        "tokenizer.ggml.tokens": list(texts),
+        "tokenizer.ggml.scores": Typed(list(scores), ValueType.FLOAT32),
+        "tokenizer.ggml.token_type": Typed(list(kinds), ValueType.INT32),
         "tokenizer.ggml.bos_token_id": model.bos_id(),
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         "tokenizer.ggml.unknown_token_id": model.unk_id(),
@@ -158,6 +180,16 @@ def _columns(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
+
+
+def _louder(piece: Piece) -> tuple[str, str]:
+    """The same with a capital and in capitals, merged of theirs as it is of its parts."""
+    word = piece.text.removeprefix(SPACE)
+    return piece.text.removesuffix(word) + capital(word), piece.text.upper()
+
+
+def _piece(model: sentencepiece.SentencePieceProcessor, id: int) -> Piece:
+    return Piece(model.id_to_piece(id), model.get_score(id), _kind(model, id))
 
 
 def _kind(model: sentencepiece.SentencePieceProcessor, id: int) -> TokenType:

@@ -100,7 +100,7 @@ def passage(text: str) -> str | None:
     told, _, question = text.lower().rstrip("?. ").removesuffix(", please").rpartition(". ")
     if question == "please":
         return None
-    if doubted := re.search(r"\b(?:is|does) (\w+) (?:an?|live \w+ the) (\w+)$", question):
+    if doubted := re.search(r"\b(?:is|does|did) (\w+) (?:an?|live \w+ the) (\w+)$", question):
         name, what = doubted.groups()
         who = [one for one in beings(told + ".") if one["name"] == name]
         return None if len(who) != 1 else "yes" if what in who[0].values() else "no"
