@@ -58,18 +58,22 @@ def rows_are_exact() -> bool:
     return fewest() != NONE
 
 
-@cache
 def fewest(by: Multiply = functional.linear) -> int:
     """So many rows are each computed as they are among more; NONE: it takes more than were tried.
 
-    Tried once, with a few small products: 1 with MKL's strict mode on Intel's processors, 4 with it
-    on AMD's.
+    1 with MKL's strict mode on Intel's processors, 4 with it on AMD's.
     """
+    return _tried(by)
+
+
+@cache
+def _tried(by: Multiply) -> int:
+    """Once for whatever multiplies, whether it was named or not, with a few small products."""
     rng = torch.Generator().manual_seed(0)
     drawn = partial(torch.randn, generator=rng, device="cpu", dtype=torch.float32)
-    tried = [(drawn(ROWS, n), drawn(m, n)) for n, m in SHAPES]
+    products = [(drawn(ROWS, n), drawn(m, n)) for n, m in SHAPES]
     for few in TRIED:
-        if all(_alike(few, x, w, by) for x, w in tried):
+        if all(_alike(few, x, w, by) for x, w in products):
             return few
     return NONE
 
