@@ -6,6 +6,7 @@
                          F16, BF16, all others      ── 16 bits, multiplied as they lie (half.py)
                          F32, and without memory    ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
+         attention over a prompt, some tokens at a time (attention.py)
          blocks, after `refollama warm` ── one compiled routine for a token (step.py, compiled.py)
          the same on a GPU ── matrices stay packed, launches are recorded (recorded.py)
          copies, after it  ── mapped from where they were kept (copies.py)

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from refollama.fast.attention import attend_in_parts
 from refollama.fast.compiled import join
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
@@ -21,7 +22,7 @@ from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
-from refollama.models.llama import Llama
+from refollama.models.llama import Block, Llama
 from refollama.models.meter import Count, unheard
 
 SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
@@ -54,6 +55,9 @@ def hasten(net: Llama, count: Count = unheard, sources: Sequence[Path] = ()) -> 
         if not small:
             _make_ready(name, faster, there)
         count(part.weight.nbytes)
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.attend = attend_in_parts
     join(net)
     if left < 0:
         log.warning("answers are slower than they could be: there is not enough memory for copies")

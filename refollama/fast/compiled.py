@@ -59,6 +59,7 @@ class CompiledBlock(Block):
     def __init__(self, block: Block, shape: Shape, routines: dict[torch.dtype, Routine]) -> None:
         nn.Module.__init__(self)
         self.layer, self.config, self.sizes = block.layer, block.config, block.sizes
+        self.attend = block.attend
         for name, part in block.named_children():
             self.add_module(name, part)
         self.shape, self.routines = shape, routines

@@ -11,7 +11,7 @@ al. 2023, arXiv 2310.06825) is the same model with fewer key heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 from typing import Protocol
@@ -46,6 +46,8 @@ class Parts(Protocol):
 
 class Block(nn.Module):
     """One layer: attention, then a feed-forward network, each added to what came in."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(attend)
 
     def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Block(nn.Module):
         v = self.attn_v(x).view(B, T, -1, Dv)  # (B, T, Hk, Dv)
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         k, v = step.cache.append(self.layer, step.positions, k, v)  # (B, Hk, S, D or Dv)
-        return self.attn_output(attend(q, k, v, step.visible).flatten(2))
+        return self.attn_output(self.attend(q, k, v, step.visible).flatten(2))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Every token thinks for itself."""

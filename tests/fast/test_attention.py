@@ -1,0 +1,97 @@
+"""Attention in parts against attention at once: every bit, and how much is looked at."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from refollama.fast import attention, hasten
+from refollama.fast.attention import attend_in_parts
+from refollama.kvcache import PIECE
+from refollama.models.layers import attend
+from refollama.models.load import load_net
+from tests.exactness import same
+from tests.models.test_llama import all_logits, some_tokens, stepwise
+from tests.tiny import write_model
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Parts of a few tokens."""
+    monkeypatch.setattr(attention, "SCORES", 5 * 4 * 3 * PIECE)
+
+
+def given(*, T=37, first=600, window=10_000, B=1):
+    """q, k, v, visible: T tokens from this place on, 4 heads of 2 key heads, three pieces."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(B, T, 4, 8, generator=rng)
+    k, v = torch.randn(2, B, 2, 3 * PIECE, 8, generator=rng)
+    positions = first + torch.arange(T).expand(B, T)
+    ago = positions[..., None] - torch.arange(3 * PIECE)
+    return q, k, v, (ago >= 0) & (ago < window)
+
+
+@pytest.mark.parametrize("first", [0, 230, 600, 3 * PIECE - 37])
+@pytest.mark.parametrize("window", [10_000, 40])
+@pytest.mark.parametrize("B", [1, 3])
+def test_it_is_attention_at_once(first, window, B):
+    some = given(first=first, window=window, B=B)
+    assert same(attend_in_parts(*some), attend(*some))
+
+
+def test_places_that_come_later_are_not_looked_at():
+    """Were they, what lies there would be multiplied by nothing: and that is no number."""
+    q, k, v, visible = given(first=0)
+    k[:, :, PIECE:], v[:, :, PIECE:] = math.nan, math.inf
+    assert attend_in_parts(q, k, v, visible).isfinite().all()
+    assert not attend(q, k, v, visible).isfinite().all()
+
+
+@pytest.mark.parametrize(("last", "places"), [(0, 256), (255, 256), (256, 512), (700, 768)])
+def test_what_is_looked_at_ends_with_a_piece(last, places):
+    visible = torch.zeros(2, 5, 768, dtype=torch.bool)
+    visible[1, 3, last] = True
+    assert attention._last_seen(visible) == places
+    assert attention._last_seen(torch.zeros_like(visible)) == PIECE
+    assert attention._last_seen(visible[..., :300]) <= 300
+
+
+def test_few_tokens_are_attended_to_at_once(monkeypatch):
+    called: list[int] = []
+
+    def watched(q: Any, *others: Any) -> Any:
+        called.append(q.shape[1])
+        return attend(q, *others)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    for T, parts in ((1, [1]), (5, [5]), (12, [5, 5, 2])):
+        attend_in_parts(*given(T=T))
+        assert called == parts
+        called.clear()
+
+
+def test_whoever_goes_backwards_finds_the_same_way():
+    q, k, v, visible = given()
+    gradients = []
+    for way in (attend, attend_in_parts):
+        leaf = q.clone().requires_grad_()
+        way(leaf, k, v, visible).sin().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_a_net_with_it_reads_as_one_without(tmp_path):
+    """Also behind something that was read before, and in blocks that are left as they are."""
+    path = write_model(tmp_path / "m.gguf", type="F32")
+    plain, fast = load_net(path), load_net(path)
+    hasten(fast)
+    assert all(block.attend is attend_in_parts for block in fast.blk)
+    assert all(block.attend is attend for block in plain.blk)
+    ids = some_tokens(90)
+    assert same(all_logits(fast, ids), all_logits(plain, ids))
+    for ours, theirs in zip(
+        *(stepwise(net, ids, (60, 1, 29)) for net in (fast, plain)), strict=True
+    ):
+        assert same(ours, theirs)
