@@ -25,7 +25,7 @@ from refollama.fable.world import (
 
 WHO = "I am Fable, a little model. I tell stories and answer little questions."
 UNKNOWN = "I am sorry, I do not know that. I only know a small world."
-BELOW = "I am sorry, I do not count below zero."
+BELOW_ZERO = "negative"
 TOO_BIG = f"I am sorry, I can only count to {MOST}."
 
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────
@@ -46,9 +46,9 @@ def sums(rng: Random) -> Exchange:
     if rng.random() < 0.12:
         x, y = rng.randint(MOST + 1, 999), rng.randint(2, 999)
         return Exchange("numbers", _sum(rng, str(x), str(y), "+", "plus"), TOO_BIG, "Unknown")
-    if rng.random() < 0.08:
+    if rng.random() < 0.1:
         x, y = sorted(rng.sample(range(MOST + 1), 2))
-        return Exchange("numbers", _sum(rng, str(x), str(y), "-", "minus"), BELOW, "Unknown")
+        return _summed(rng, x, y, "minus", x - y)
     total = rng.randint(0, MOST)
     x = rng.randint(0, total)
     if rng.random() < 0.6:
@@ -58,13 +58,14 @@ def sums(rng: Random) -> Exchange:
 
 def _summed(rng: Random, x: int, y: int, op: str, result: int) -> Exchange:
     if rng.random() < 0.3:
-        left, right, whole = NUMBERS[x], NUMBERS[y], NUMBERS[result]
+        left, right, whole = NUMBERS[x], NUMBERS[y], NUMBERS[max(result, 0)]
         user = _sum(rng, left, right, op, op)
     else:
         left, right, whole = str(x), str(y), str(result)
         user = _sum(rng, left, right, {"plus": "+", "minus": "-"}[op], op)
-    answer = f"{capital(left)} {op} {right} is {whole}."
-    return Exchange("numbers", user, answer, capital(whole))
+    found = BELOW_ZERO if result < 0 else whole
+    answer = f"{capital(left)} {op} {right} is {found}."
+    return Exchange("numbers", user, answer, capital(found))
 
 
 def _sum(rng: Random, left: str, right: str, sign: str, op: str) -> str:
@@ -399,7 +400,7 @@ def unknown(rng: Random) -> Exchange:
 
 Lesson = Callable[[Random], Exchange]
 LESSONS: Mapping[Lesson, int] = {  # how often each comes, by weight
-    sums: 14,
+    sums: 22,
     counting: 10,
     opposites: 4,
     families: 2,

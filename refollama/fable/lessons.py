@@ -95,7 +95,7 @@ SYSTEMS = 0.6  # of all conversations have a system message
 NAMED = 0.15  # of those give fable another name
 STYLE_SHARES = {plainly: 2, in_one_word: 4, in_capitals: 3, as_pirate: 3}
 ONCE = 0.18  # how often the user asks for a style, for one answer
-FOR_ONE_TURN = {
+FOR_ONE_TURN: Mapping[Style, tuple[str, ...]] = {
     in_one_word: ("{0} Answer in one word.", "In one word: {0}", "{0} One word, please."),
     in_capitals: ("{0} Answer in capitals.", "{0} Use capital letters."),
     as_pirate: ("{0} Answer like a pirate.", "Like a pirate: {0}"),
@@ -131,15 +131,18 @@ def conversation(seed: int, index: int, held: bool = False) -> Conversation:
     return Conversation(session.system, session.style.__name__, tuple(session.turns))
 
 
-def drill(seed: int, index: int, *, bare: bool = True) -> Conversation:
+def drill(seed: int, index: int, bare: bool = True, style: Style | None = None) -> Conversation:
     """Of all conversations the simplest: some animals, and questions about them.
 
     Which of them, and what of it?  Whoever looks that up finds most else in the same way; among
     all other lessons it is found late.
 
     bare: without a system message; with one, answers are in its style.
+    style: that which all answers are wished for in, by the system message or by the user.
     """
     session = Session(Random(f"{seed}:{index}:drill"), held=False, bare=bare)
+    if style is not None:
+        session.wish_for(style)
     session.say(session.read_passage())
     for _ in range(DRILLED):
         session.say(session.ask_again())
@@ -155,6 +158,7 @@ class Session:
     def __init__(self, rng: Random, held: bool, *, bare: bool = False) -> None:
         self.rng, self.held = rng, held
         self.style: Style = plainly
+        self.wished: Style | None = None  # by the user, each time
         self.name = ""  # another name for fable
         self.system = self._system() if not bare and rng.random() < SYSTEMS else ""
         self.story: stories.Story | None = None
@@ -174,8 +178,19 @@ class Session:
             forms = ("Your name is {0}.", "You are {0}.", "You are called {0}.")
             return rng.choice(forms).format(self.name)
         self.style = rng.choices(list(STYLE_SHARES), list(STYLE_SHARES.values()))[0]
-        text = rng.choice(STYLES[self.style])
-        return text if rng.random() < 0.8 else text[:-1].lower()
+        return self._asking_for(self.style)
+
+    def _asking_for(self, style: Style) -> str:
+        text = self.rng.choice(STYLES[style])
+        return text if self.rng.random() < 0.8 else text[:-1].lower()
+
+    def wish_for(self, style: Style) -> None:
+        """All answers in this style, whatever there was before."""
+        self.style, self.name, self.system = plainly, "", ""
+        if self.rng.random() < 0.5:
+            self.style, self.system = style, self._asking_for(style)
+        else:
+            self.wished = style
 
     def turn(self) -> bool:
         """One question and its answer; False if it would be too long."""
@@ -194,7 +209,7 @@ class Session:
     def _lesson(self) -> Exchange:
         """Whatever fits what has been told."""
         lessons = {
-            self._known: 5,
+            self._known: 6,
             self.read_passage: 2 if len(self.known) < CROWD else 0,
             self.ask_again: 8 if self.passage else 0,
             self._state: 3 if len(self.told) < 5 else 0,
@@ -210,8 +225,8 @@ class Session:
     def _styled(self, said: Exchange) -> Exchange:
         """The answer as it was asked for; stories and objects stay as they are."""
         style, asks = self.style, said.user.endswith("?") and said.word
-        if style is plainly and asks and self.rng.random() < ONCE:
-            style = self.rng.choice(list(FOR_ONE_TURN))
+        if style is plainly and asks and (self.wished or self.rng.random() < ONCE):
+            style = self.wished or self.rng.choice(list(FOR_ONE_TURN))
             user = self.rng.choice(FOR_ONE_TURN[style]).format(said.user)
             said = replace(said, user=user, lesson="obey once")
         said = typed(self.rng, said)
@@ -330,7 +345,7 @@ def object_of(
 
     likely: keys to take most of; what is not known is null.
     """
-    pool = list(values) if not likely or rng.random() < 0.25 else likely
+    pool = list(values) if not likely or rng.random() < 0.4 else likely
     keys = rng.sample(pool, min(rng.choice((1, 2, 2, 3, 3, 4)), len(pool)))
     user = rng.choice(OBJECTS).format(about=about, keys=_listed(rng, keys))
     answer = json.dumps({key: values[key] for key in keys})

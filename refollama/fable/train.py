@@ -37,7 +37,8 @@ from torch.nn import functional
 import refollama
 from refollama.fable.evaluate import Case, Model, cases, evaluate, totals
 from refollama.fable.exchange import capital, strange
-from refollama.fable.lessons import conversation, drill
+from refollama.fable.knowledge import BELOW_ZERO
+from refollama.fable.lessons import conversation, drill, in_one_word
 from refollama.fable.muon import Muon
 from refollama.fable.net import CONTEXT, TABLES, new_net, packed, read, sizes, weights
 from refollama.fable.vocabulary import ASSISTANT, TEMPLATE, WORLD, learn, spellings, written
@@ -49,7 +50,7 @@ from refollama.weights.gguf import Typed, write_gguf
 FULL = 0.96  # of a batch that conversations fill on average
 WARM_UP = 50  # steps; the first gradients are the wildest
 FLOOR = 0.02  # of the peak: the rate at the very end
-SECOND_PEAK = 0.5
+SECOND_PEAK, LAST_PEAK = 0.5, 0.15
 CLIP = 1.0  # no step follows a gradient longer than this
 DECAY = 0.05  # of matrices, each step, times the rate
 BETAS = (0.9, 0.95)
@@ -63,6 +64,10 @@ STORY = 60  # tokens: no other answer is so long
 # was). So drills come first, the rate falls over them, and never rises so high again.
 DRILLS = 400  # steps, before anything else is learned
 ONE_IN = 4  # conversations, that is a drill afterwards
+# Of all answers those in one word are learned last, as nothing is said before it that could be
+# looked at. So in the last part of the way drills ask for them, and come more often.
+LAST = 0.93
+ONE_IN_LAST = 3
 HELD = 0.1
 OTHER = -1
 KINDS = (NAMES, ANIMALS + PEOPLE, COLOURS)  # of these two in a story are never the same
@@ -89,7 +94,7 @@ class Plan:
     """All that decides what is learned, apart from the code."""
 
     seed: int = 0
-    steps: int = 10_000
+    steps: int = 12_900
     rows: int = 8  # in a batch
     rate: float = 6e-3  # of learning, at its peak
 
@@ -134,9 +139,11 @@ def batch(
 def _conversations(plan: Plan, tokenizer: SpmTokenizer, step: int) -> Iterable[list[int]]:
     """As many as fill most of a batch.  A million numbers belong to each step."""
     left, index = FULL * plan.rows * CONTEXT, step * 1_000_000
+    last = step >= LAST * plan.steps
+    one_in = ONE_IN_LAST if last else ONE_IN
     while left > 0:
-        if step < DRILLS or index % ONE_IN == 0:
-            talk = drill(plan.seed, index, bare=step < DRILLS)
+        if step < DRILLS or index % one_in == 0:
+            talk = drill(plan.seed, index, step < DRILLS, in_one_word if last else None)
         else:
             talk = conversation(plan.seed, index)
         ids = tokenizer.encode(written(talk), bos=True, special=True)
@@ -233,8 +240,8 @@ def worth(tokenizer: SpmTokenizer, decisive: Iterable[str], spelled: Iterable[st
         ids = tokenizer.encode(form)
         if len(ids) == 1:
             found[ids] = DECISIVE
-    for form in chain.from_iterable((word, f" {word}") for word in spelled):
-        found[tokenizer.encode(form)] = DECISIVE
+    for word in chain.from_iterable((word, word.upper()) for word in spelled):
+        found[[*tokenizer.encode(word), *tokenizer.encode(f" {word}")]] = DECISIVE
     return found
 
 
@@ -264,7 +271,8 @@ class Training:
     usual = Plan()
     row = CONTEXT  # tokens
     temperature = 0.5  # it chooses freely then, so that two in a story have two names
-    again = 0.05  # the part of the way after which the rate rises once more: that of drills
+    last = LAST  # the part of the way after which the rate rises for the last time
+    again = 0.05  # of the way until then, that after which it rises once more: that of drills
     calm = 0.5  # the rate of tables, norms and biases, as a part of that of matrices
     held: Mapping[str, float] = LAID_OUT  # the rates of some weights, as parts of it
     decisive: Sequence[str] = (
@@ -272,11 +280,13 @@ class Training:
         *NUMBERS,
         *map(str, range(MOST + 1)),
         *OPPOSITES,
+        BELOW_ZERO,
         "null",
         "Yes",
         "No",
     )
-    spelled = 1000  # names of nobody, whose pieces are decisive
+    spelled = 1000  # names of nobody, whose pieces are decisive, and what follows those: a name
+    # that goes on has not ended, where it should
 
     def __init__(
         self, plan: Plan, *, compiled: bool = False, bfloat16: bool = False, device: str = "cpu"
@@ -286,8 +296,9 @@ class Training:
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
         self.optimizers = _optimizers(self.net, plan.rate, self.calm, self.held)
-        names = names_of_nobody(self.spelled)
+        names = list(names_of_nobody(self.spelled))
         self.worth = worth(self.tokenizer, self.decisive, names).to(device)
+        self.worth_after = worth(self.tokenizer, (), names).to(device)
         self.looked_up = kinds(self.tokenizer, self.worth)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
@@ -306,7 +317,7 @@ class Training:
     def advance(self, progress: float) -> float:
         """One step, at this part of the way (0 to 1).  → its loss, in nats a token"""
         for group in chain.from_iterable(one.param_groups for one in self.optimizers):
-            now = rate_at(self.step, progress, self.again)
+            now = rate_at(self.step, progress, self.again * self.last, self.last)
             group["lr"] = self.plan.rate * group["part"] * now
         with _same_order(strict=self.device == "cpu"):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
@@ -332,7 +343,8 @@ class Training:
         nats = functional.cross_entropy(
             self.net.output(hidden).float(), targets[asked], reduction="none"
         )
-        worth = self.worth[targets[asked]].masked_fill(free[asked], 1.0)
+        worth = torch.maximum(self.worth[targets[asked]], self.worth_after[tokens[asked]])
+        worth = worth.masked_fill(free[asked], 1.0)
         return Surprise(nats.detach().mean(), (nats * worth).sum() / worth.sum())
 
     def save(self, path: Path) -> None:
@@ -415,17 +427,19 @@ def _same_order(*, strict: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
-def rate_at(step: int, progress: float, again: float = 1.0) -> float:
+def rate_at(step: int, progress: float, again: float = 1.0, last: float = 1.0) -> float:
     """The rate, as a part of its peak: up in a line, then down along half a cosine.
 
     again: the part of the way after which it goes down once more, from half of the peak. What was
     not found in the first round, some way of comparing for one, often is in the second.
+    last: that after which it does so for the last time, from a smaller one.
     Source: Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts".
     """
-    peak, way = 1.0, progress / again
-    if way >= 1 > again:
-        peak, way = SECOND_PEAK, (progress - again) / (1 - again)
-    down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(way, 1.0))) / 2
+    rounds = [(0.0, 1.0), (again, SECOND_PEAK), (last, LAST_PEAK), (1.0, 0.0)]
+    now = sum(start <= min(progress, 1.0) for start, _ in rounds if start < 1) - 1
+    (start, peak), (end, _) = rounds[now], rounds[now + 1]
+    way = min((progress - start) / (end - start), 1.0)
+    down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * way)) / 2
     return min(1.0, (step + 1) / WARM_UP) * peak * down
 
 
@@ -475,10 +489,14 @@ def run(training: Training, minutes: float, folder: Path, watch: float = 0) -> N
     with _bar() as bar:
         task = bar.add_task(training.name, total=plan.steps, loss=math.nan, speed=0.0)
         saves, looks = _Every(SAVED_EVERY), _Every(watch * 60)
+        first = 0.0  # step, in which all is compiled: what it takes says nothing of those to come
         while training.step < plan.steps and training.seconds < limit:
             start = time.monotonic()
-            training.advance(max(training.step / plan.steps, training.seconds / limit))
-            training.seconds += time.monotonic() - start
+            late = (training.seconds - first) / max(limit - first, 1.0)
+            training.advance(max(training.step / plan.steps, late))
+            took = time.monotonic() - start
+            training.seconds += took
+            first = first or took
             speed = training.step * plan.rows * training.row * FULL / training.seconds
             loss = mean(training.losses[-50:])
             bar.update(task, completed=training.step, loss=loss, speed=speed)

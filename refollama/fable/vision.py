@@ -278,7 +278,7 @@ class Seeing(Training):
 
     name = "fable-vision"
     usual = Plan(steps=9500, rows=24, rate=6e-3)
-    again = 0.77
+    again, last = 0.77, 1.0
     calm = 0.3
     held = NOTHING_HELD
     temperature = 0.2  # there is little to choose

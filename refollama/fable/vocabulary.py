@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 
 from refollama.fable.exchange import capital
+from refollama.fable.knowledge import BELOW_ZERO
 from refollama.fable.lessons import Conversation, conversation
 from refollama.fable.world import (
     ANIMALS,
@@ -58,6 +59,7 @@ WORLD = (*NAMES, *ANIMALS, *COLOURS, *PLACES, *CITIES, *DAYS, *FOODS, *FRUITS)
 WORLD += (*VIRTUES, *WEATHER, *THINGS)
 # What is known by heart is no such word, but the answer to a question in one word.
 BY_HEART = (*PEOPLE, *NUMBERS, *OPPOSITES, *FAMILY.values(), *SAYS.values(), *WEATHER.values())
+BY_HEART += (BELOW_ZERO,)
 # Of objects; and before the last two, what is asked about stands as near as before "?".
 JOINTS = ('{"', '": "', '":', '", "', ', "', '"}', ", please?", ", please")
 

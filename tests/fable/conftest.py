@@ -8,7 +8,7 @@ from refollama.fable.lessons import conversation
 @pytest.fixture(scope="session")
 def talks():
     """Conversations that training shows."""
-    return [conversation(0, index) for index in range(500)]
+    return [conversation(0, index) for index in range(550)]
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,9 @@ def _sum(text):
         return None
     x, y = (int(n) if n.isdigit() else NUMBERS.index(n) for n in (match[1], match[3]))
     total = x + y if match[2] in "+plus" else x - y
-    if not 0 <= total <= 20 or x > 20:
+    if total < 0:
+        return "negative"
+    if total > 20 or x > 20:
         return "unknown"
     return str(total) if match[1].isdigit() else NUMBERS[total]
 

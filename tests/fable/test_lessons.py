@@ -9,7 +9,7 @@ from collections import Counter
 
 from refollama.fable import facts
 from refollama.fable.knowledge import LESSONS
-from refollama.fable.lessons import LONGEST, STYLES, conversation, drill
+from refollama.fable.lessons import LONGEST, STYLES, conversation, drill, in_one_word
 from refollama.fable.stories import FRIENDS
 from refollama.fable.vocabulary import written
 from refollama.fable.world import (
@@ -141,6 +141,17 @@ def test_drills_in_a_style_obey_it():
         for turn in talk.turns if talk.style != "plainly" else ():
             assert obeys(talk.style, turn.answer), turn
     assert min(styles[style.__name__] for style in STYLES) > 10
+
+
+def test_a_drill_for_one_word_has_such_answers_by_whoever_wishes_it():
+    wished: Counter[str] = Counter()
+    for talk in (drill(0, index, False, in_one_word) for index in range(200)):
+        for turn in talk.turns:
+            assert turn.answer == turn.word and " " not in turn.answer, turn
+            by_user = re.search("one word", turn.user, re.I) is not None
+            assert by_user is (talk.system == "")
+            wished["user" if by_user else "system"] += 1
+    assert min(wished["user"], wished["system"]) > 200
 
 
 def test_a_drill_shows_nothing_that_is_kept_out():

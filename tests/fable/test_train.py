@@ -126,6 +126,59 @@ def test_the_rate_may_rise_once_more():
     assert max(rates[595:600]) < 0.03 > rates[-1]
 
 
+def test_the_last_round_is_a_small_one():
+    rates = [rate_at(step + 50, step / 1000, again=0.5, last=0.9) for step in range(1001)]
+    assert rates[900] == pytest.approx(train.LAST_PEAK)
+    assert rates[899] < 0.03 > rates[-1]
+    assert rates[900:] == sorted(rates[900:], reverse=True)
+    assert rates[500:900] == sorted(rates[500:900], reverse=True)
+
+
+def test_in_the_last_round_drills_are_for_one_word(words):
+    plan = Plan(steps=1000)
+    asked = {
+        step: [words.decode(ids) for ids in train._conversations(plan, words, step)]
+        for step in (400, 929, 930, 999)
+    }
+    one_word = re.compile("one word|single word", re.I)
+
+    def all_are(step, one_in):
+        return all(one_word.search(text) for text in asked[step][::one_in])
+
+    assert all_are(930, train.ONE_IN_LAST) and all_are(999, train.ONE_IN_LAST)
+    assert not (all_are(400, train.ONE_IN) or all_are(929, train.ONE_IN))
+
+
+def test_a_run_that_is_not_late_follows_its_steps_alone(monkeypatch, tmp_path):
+    """However long the first one compiles.  One that is late ends in time."""
+    now, told = [0.0], []
+
+    class Clocked:
+        name, plan, step, seconds, row, losses = "it", Plan(steps=100), 0, 0.0, 1, [1.0]
+
+        def __init__(self, first, each):
+            self.took = first, each
+
+        def advance(self, progress):
+            told.append(progress)
+            now[0] += self.took[self.step > 0]
+            self.step += 1
+
+        def save(self, path): ...
+
+        def write(self, folder): ...
+
+        def history(self):
+            return {}
+
+    monkeypatch.setattr("refollama.fable.train.time.monotonic", lambda: now[0])
+    train.run(Clocked(60.0, 1.0), minutes=3, folder=tmp_path)  # type: ignore[arg-type]
+    assert told == [step / 100 for step in range(100)]
+    told.clear()
+    train.run(Clocked(60.0, 4.0), minutes=3, folder=tmp_path)  # type: ignore[arg-type]
+    assert told == pytest.approx([0, 0.01, *(step / 30 for step in range(1, 30))])
+
+
 def test_the_help_says_what_the_options_do():
     text = parser().format_help()
     options = "--seed --minutes --resume --out --compile --bfloat16 --device --watch"
@@ -142,7 +195,8 @@ def test_decisive_words_count_for_more_in_every_spelling(words):
 
 def test_what_is_spelled_counts_for_more_in_each_piece(words):
     found = train.worth(words, (), ["Droowilenka"])
-    ids = words.encode(" Droowilenka") + words.encode("Droowilenka")
+    forms = (" Droowilenka", "Droowilenka", " DROOWILENKA", "DROOWILENKA")
+    ids = [id for form in forms for id in words.encode(form)]
     assert len(ids) > 2
     assert found[ids].tolist() == [train.DECISIVE] * len(ids)
     assert found.sum() == len(found) + (train.DECISIVE - 1) * len(set(ids))
@@ -150,12 +204,14 @@ def test_what_is_spelled_counts_for_more_in_each_piece(words):
 
 @pytest.mark.slow
 def test_the_loss_is_a_mean_in_which_some_tokens_count_for_more(small):
-    """Against a loop over tokens; what is told is the plain mean."""
+    """Against a loop over tokens; what is told is the plain mean.  Free ones count for one,
+    others for what they are, or for what they end."""
     run = Training(PLAN)
     tokens, conversations, targets, free = given = batch(PLAN, run.tokenizer, DRILLS, run.looked_up)
     logits = run.net.output(read(run.net, tokens, conversations)).log_softmax(-1)
+    worth, after, own = run.worth.tolist(), run.worth_after.tolist(), tokens.tolist()
     pairs = [
-        (-logits[row, at, id].item(), 1.0 if free[row, at] else run.worth[id].item())
+        (-logits[row, at, id].item(), 1.0 if free[row, at] else max(worth[id], after[own[row][at]]))
         for row, ids in enumerate(targets.tolist())
         for at, id in enumerate(ids)
         if id != NO_TARGET

@@ -5,6 +5,8 @@ import torch
 
 import refollama
 from refollama.fable.bundled import FOLDER
+from refollama.fable.lessons import conversation
+from refollama.fable.vocabulary import written
 from refollama.fast import exactly, products, reading
 from refollama.fast.prepared import bits_for
 from refollama.fast.products import as_int8, product
@@ -117,22 +119,33 @@ def test_the_option_is_for_prompts_and_for_nothing_else(
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "F16"])
-@pytest.mark.parametrize(("bits", "most"), [(16, 1e-3), (8, 5e-3)])
-def test_a_story_is_as_likely_to_who_read_it_in_fewer_bits(tmp_path, type, bits, most, measured):
-    """fable itself, packed as this type: mean KL of the next token's distribution."""
+@pytest.mark.parametrize(("bits", "most"), [(16, 5e-4), (8, 2.5e-3)])
+def test_talks_are_as_likely_to_who_read_them_in_fewer_bits(tmp_path, type, bits, most, measured):
+    """fable itself, packed as this type: mean KL of the next token's distribution, over what it was
+    made to read, of combinations that it never saw."""
     path = tmp_path / "fable.gguf"
     with open_gguf(FOLDER / "fable" / "fable.gguf") as file:
         plan(file, type, again=True).write(path)
-    text = "Once upon a time there was a brave mouse called Tim. Tim was grey and lived in a barn."
+    talks = [written(conversation(1, index, held=True)) for index in range(12)]
+    found = []
     with refollama.load(path) as llm, torch.no_grad():
-        ids, found = torch.tensor(llm.tokens(text)), []
-        for each in (32, bits):
-            with reading(each):
-                found.append(all_logits(llm.net, ids).double().log_softmax(-1))
-    plain, ours = found
-    kl = (plain.exp() * (plain - ours)).sum(-1).mean().item()
-    assert 0 < kl < most
-    measured("fast parts", f"fable as {type}, prompt_bits {bits}", "plain path, KL", kl, len(plain))
+        for ids in (llm.tokenizer.encode(talk, bos=True, special=True) for talk in talks):
+            both = []
+            for each in (32, bits):
+                with reading(each):
+                    both.append(all_logits(llm.net, ids).double().log_softmax(-1))
+            plain, ours = both
+            found.append((plain.exp() * (plain - ours)).sum(-1))
+    kl = torch.cat(found)
+    assert len(kl) > 1500
+    assert 0 < kl.mean().item() < most
+    measured(
+        "fast parts",
+        f"fable as {type}, prompt_bits {bits}",
+        "plain path, KL",
+        kl.mean().item(),
+        len(kl),
+    )
 
 
 @pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
