@@ -48,22 +48,22 @@ def sums(rng: Random) -> Exchange:
         return Exchange("numbers", _sum(rng, str(x), str(y), "+", "plus"), TOO_BIG, "Unknown")
     if rng.random() < 0.1:
         x, y = sorted(rng.sample(range(MOST + 1), 2))
-        return _summed(rng, x, y, "minus", x - y)
+        return _summed(rng, x, y, "minus")
     total = rng.randint(0, MOST)
     x = rng.randint(0, total)
     if rng.random() < 0.6:
-        return _summed(rng, x, total - x, "plus", total)
-    return _summed(rng, total, x, "minus", total - x)
+        return _summed(rng, x, total - x, "plus")
+    return _summed(rng, total, x, "minus")
 
 
-def _summed(rng: Random, x: int, y: int, op: str, result: int) -> Exchange:
+def _summed(rng: Random, x: int, y: int, op: str) -> Exchange:
+    sign, result = ("+", x + y) if op == "plus" else ("-", x - y)
+    spelled: Callable[[int], str] = str
     if rng.random() < 0.3:
-        left, right, whole = NUMBERS[x], NUMBERS[y], NUMBERS[max(result, 0)]
-        user = _sum(rng, left, right, op, op)
-    else:
-        left, right, whole = str(x), str(y), str(result)
-        user = _sum(rng, left, right, {"plus": "+", "minus": "-"}[op], op)
-    found = BELOW_ZERO if result < 0 else whole
+        sign, spelled = op, NUMBERS.__getitem__
+    left, right = spelled(x), spelled(y)
+    user = _sum(rng, left, right, sign, op)
+    found = BELOW_ZERO if result < 0 else spelled(result)
     answer = f"{capital(left)} {op} {right} is {found}."
     return Exchange("numbers", user, answer, capital(found))
 

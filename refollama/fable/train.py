@@ -285,8 +285,7 @@ class Training:
         "Yes",
         "No",
     )
-    spelled = 1000  # names of nobody, whose pieces are decisive, and what follows those: a name
-    # that goes on has not ended, where it should
+    spelled = 1000  # names of nobody: their pieces are decisive, and so is where they end
 
     def __init__(
         self, plan: Plan, *, compiled: bool = False, bfloat16: bool = False, device: str = "cpu"
@@ -296,9 +295,9 @@ class Training:
         self.tokenizer = SpmTokenizer.from_metadata(_plain(self.metadata))
         self.net = self.first()
         self.optimizers = _optimizers(self.net, plan.rate, self.calm, self.held)
-        names = list(names_of_nobody(self.spelled))
-        self.worth = worth(self.tokenizer, self.decisive, names).to(device)
-        self.worth_after = worth(self.tokenizer, (), names).to(device)
+        self.worth_after = worth(self.tokenizer, (), names_of_nobody(self.spelled)).to(device)
+        decisive = worth(self.tokenizer, self.decisive).to(device)
+        self.worth = torch.maximum(decisive, self.worth_after)
         self.looked_up = kinds(self.tokenizer, self.worth)
         self.read = torch.compile(read) if compiled else read
         self.step, self.seconds = 0, 0.0
@@ -435,9 +434,9 @@ def rate_at(step: int, progress: float, again: float = 1.0, last: float = 1.0) -
     last: that after which it does so for the last time, from a smaller one.
     Source: Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts".
     """
-    rounds = [(0.0, 1.0), (again, SECOND_PEAK), (last, LAST_PEAK), (1.0, 0.0)]
-    now = sum(start <= min(progress, 1.0) for start, _ in rounds if start < 1) - 1
-    (start, peak), (end, _) = rounds[now], rounds[now + 1]
+    rounds = [(0.0, 1.0), (again, SECOND_PEAK), (last, LAST_PEAK)]
+    start, peak = max(one for one in rounds if one[0] <= progress and one[0] < 1)
+    end = min((one for one, _ in rounds if one > start), default=1.0)
     way = min((progress - start) / (end - start), 1.0)
     down = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * way)) / 2
     return min(1.0, (step + 1) / WARM_UP) * peak * down

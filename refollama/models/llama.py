@@ -47,6 +47,7 @@ class Parts(Protocol):
 class Block(nn.Module):
     """One layer: attention, then a feed-forward network, each added to what came in."""
 
+    # Of a block, so that another way to the same can take its place.
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(attend)
 
     def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
