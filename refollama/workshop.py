@@ -98,27 +98,27 @@ def bench(model: str, depth: int, repeat: int, plain: bool, as_json: bool, **giv
 def warm(model: str) -> None:
     """Make a model ready to answer sooner on this machine.
 
-    MODEL is a name or the path of a .gguf file. What is made of its matrices is kept on disk, about
-    as large as the file, so that it is loaded sooner; it is removed when the file is gone. And its
-    blocks are compiled for this processor, which needs a C++ compiler and some twenty seconds for
-    each shape of block; a small model then writes several times as fast. What is compiled serves
-    all models of the shape from then on. A model that a server has loaded takes both after
-    `refollama stop MODEL`. Answers differ from those before by rounding, where two words are as
-    likely as each other.
+    MODEL is a name or the path of a .gguf file. Its blocks, and products of its types of weights,
+    are compiled for this processor. That needs a C++ compiler, and one to three minutes; the model
+    then writes up to several times as fast. What is compiled serves all models of the shape, and
+    all weights of the type, from then on. And what is made of its matrices is kept on disk, about
+    as large as the file, so that it is loaded sooner; it is removed when the file is gone. A model
+    that a server has loaded takes both after `refollama stop MODEL`. Answers differ from those
+    before by rounding, where two words are as likely as each other.
     """
     llm = _loaded(model)
+    _compile(model, llm)
     size = _keep_copies(llm)
     if size:
         click.echo(
             f"{terminal.human_size(size)} that were made of its matrices are kept for the next time"
         )
-    _compile(model, llm)
 
 
 def _keep_copies(llm: LoadedModel) -> int:
-    from refollama.fast.copies import keep, kept
+    from refollama.fast.copies import are_kept, keep
 
-    if kept(llm.sources):
+    if are_kept(llm.net, llm.sources):
         return 0
     with terminal.spinner("writing"):
         return keep(llm.net, llm.sources)
@@ -126,22 +126,22 @@ def _keep_copies(llm: LoadedModel) -> int:
 
 def _compile(model: str, llm: LoadedModel) -> None:
     from refollama.cachekind import CacheKind
-    from refollama.fast import CompiledBlock
-    from refollama.fast import warm as compile_blocks
-    from refollama.fast.compiled import folder
+    from refollama.fast import CompiledBlock, lacking
+    from refollama.fast import warm as compile_for
+    from refollama.fast.routines import folder
 
-    blocks = llm.net.blk
-    if all(isinstance(block, CompiledBlock) for block in blocks):
-        click.echo(f"{model} is ready: its blocks were compiled before")
+    blocks, kinds = llm.net.blk, lacking(llm.net)
+    if all(isinstance(block, CompiledBlock) for block in blocks) and not kinds:
+        click.echo(f"{model} is ready: all of it was compiled before")
         return
     before = _writes(llm)
     dtype = CacheKind.of(llm.defaults, llm.net).dtype
-    with terminal.counter("compiling", "shapes of block") as moved:
-        count = compile_blocks(llm.net, dtype, moved)
-    if not count:
+    with terminal.counter("compiling", "routines") as moved:
+        count = compile_for(llm.net, dtype, moved)
+    if not count and not kinds:
         raise BadRequest(
-            f"{model} has no blocks that can be compiled: experts, adapters, layers on a GPU, and "
-            "matrices in F32 take the plain path"
+            f"{model} has nothing that can be compiled: adapters, layers on a GPU, and matrices in "
+            "F32 take the plain path"
         )
     click.echo(f"{count} of {len(blocks)} blocks are compiled; what is kept lies in {folder()}")
     click.echo(f"It writes {_writes(llm):.0f} tokens/s; before, {before:.0f}.")

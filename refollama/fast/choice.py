@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from refollama.fast.attention import attend_in_parts
-from refollama.fast.compiled import join
+from refollama.fast.compiled import CACHES, compile_blocks, join, shapes
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
+from refollama.fast.laned import LaneLinear, compile_products, is_there
+from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Block, Llama
-from refollama.models.meter import Count, unheard
+from refollama.models.meter import Count, Told, unheard
 
 SMALL = 1 << 26  # bytes that all matrices of a net may take, to be kept unpacked
 TINY = 1 << 24  # and for its answers to be written by one thread
@@ -47,11 +49,10 @@ def hasten(net: Llama, count: Count = unheard, sources: Sequence[Path] = ()) -> 
     small = sum(map(unpacked_bytes, plain.values())) <= SMALL
     left = FOR_COPIES * available()
     for name, part in plain.items():
-        owner, _, child = name.rpartition(".")
         left -= 0 if small else copied_bytes(part)
         make = KeptLinear if small else _by_type if left >= 0 else SlabLinear
         faster = FastExperts(part, make) if isinstance(part, Experts) else make(part)
-        setattr(net.get_submodule(owner), child, faster.train(part.training))
+        _put(net, name, faster.train(part.training))
         if not small:
             _make_ready(name, faster, there)
         count(part.weight.nbytes)
@@ -67,8 +68,15 @@ def _can_be_replaced(part: nn.Module) -> TypeGuard[Linear | Experts]:
     return type(part) in (Linear, Experts) and part.get_buffer("weight").device.type == "cpu"
 
 
+def _put(net: nn.Module, name: str, part: nn.Module) -> None:
+    owner, _, child = name.rpartition(".")
+    setattr(net.get_submodule(owner), child, part)
+
+
 def _by_type(part: Linear) -> Linear:
     kind = type_of(part)
+    if _fits_lanes(part) and is_there(kind):
+        return LaneLinear(part, kind)
     if _fits_nibbles(part, kind):
         return Int4Linear(part, kind)
     if kind in NATIVE or kind in COPIED:
@@ -80,6 +88,10 @@ def _fits_nibbles(part: Linear, kind: str) -> bool:
     """torch has its routine for such processors only; elsewhere it goes number by number."""
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     return vectors and kind in LINES and len(part.weight) % ROWS == 0
+
+
+def _fits_lanes(part: Linear) -> bool:
+    return fits(type_of(part), len(part.weight))
 
 
 def _make_ready(name: str, part: nn.Module, there: Mapping[str, Made]) -> None:
@@ -104,10 +116,63 @@ def copied_bytes(part: Linear | Experts) -> float:
     """What `_by_type` will copy: nibbles take 5 bits for each weight, two of them 10."""
     one, *others = matrices(part)
     kind = type_of(one)
+    if _fits_lanes(one) and is_there(kind):
+        shapes = form(kind, len(one.weight), columns(one))
+        return (1 + len(others)) * sum(dtype.itemsize * math.prod(size) for dtype, size in shapes)
     bits = 16 if kind in COPIED else 0
     if _fits_nibbles(one, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
     return (1 + len(others)) * len(one.weight) * columns(one) * bits / 8
+
+
+# ── warming ───────────────────────────────────────────────────────────────────────────────────
+
+
+def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> int:
+    """Compile what this net has no routine for yet: products of its types, and its blocks; and let
+    it have them.
+
+    dtype: of the cache. told: is called with the routines that are done, and those that there are.
+    → the blocks that have routines now
+    Raises: RefollamaError without a compiler, or if it fails; the net is as it was then.
+    """
+    before = {name: part for name, part in net.named_modules() if _may_be_laned(part)}
+    kinds = lacking(net)
+    for name, part in before.items():
+        laned = FastExperts(part, _laned) if isinstance(part, FastExperts) else _laned(part)
+        _put(net, name, laned.train(part.training))
+    try:
+        total = len(kinds) + len(shapes(net, dtype))
+        for done, kind in enumerate(kinds):
+            told(done, total)
+            compile_products(kind)
+        count = compile_blocks(net, dtype, lambda done, _: told(len(kinds) + done, total))
+    except BaseException:
+        for name, part in before.items():
+            _put(net, name, part)
+        raise
+    for name in before:
+        _make_ready(name, net.get_submodule(name), {})
+    return count
+
+
+def lacking(net: Llama) -> list[str]:
+    """The types of its matrices whose products could be compiled, and are not."""
+    parts = filter(_may_be_laned, net.modules())
+    kinds = {type_of(one) for part in parts for one in matrices(part) if _fits_lanes(one)}
+    return sorted(kind for kind in kinds if not is_there(kind))
+
+
+def _may_be_laned(part: nn.Module) -> TypeGuard[PreparedLinear | FastExperts]:
+    kinds = Int4Linear | HalfLinear | FastExperts
+    return isinstance(part, kinds) and any(map(_fits_lanes, matrices(part)))
+
+
+def _laned(part: Linear) -> Linear:
+    return LaneLinear(part, type_of(part)) if _fits_lanes(part) else _by_type(part)
+
+
+# ── what it costs ─────────────────────────────────────────────────────────────────────────────
 
 
 def threads_for_writing(net: nn.Module) -> int:

@@ -12,51 +12,38 @@ as they are; so does a block whose parts were replaced or hooked.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import logging
-import os
-import platform
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from refollama.errors import RefollamaError
-from refollama.fast import step as source
 from refollama.fast.half import HalfLinear
 from refollama.fast.kept import KeptLinear
-from refollama.fast.nibbles import Int4Linear
+from refollama.fast.laned import TOGETHER, LaneLinear, filled, together_for
 from refollama.fast.prepared import FEW, Made, PreparedLinear, may_differ
 from refollama.fast.recorded import Recorded
+from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for, prune
 from refollama.fast.slabs import columns, type_of
-from refollama.fast.step import KEPT, NIBBLES, PACKED, PRODUCTS, BlockStep, Shape
+from refollama.fast.step import LANES, PACKED, PRODUCTS, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
 from refollama.models.layers import Linear
 from refollama.models.llama import Block, Llama, Step
 from refollama.models.meter import Told, unheard
 
-Routine = Callable[[list[Tensor]], list[Tensor]]
 PACKED_ON = ("cuda",)  # where products are made of packed rows
 CACHES = (torch.float16, torch.float32)  # what keys and values may be kept as
-CPUINFO = Path("/proc/cpuinfo")
-INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-
-log = logging.getLogger(__name__)
 
 
 class CompiledBlock(Block):
     """A block in place of another, with its parts, and with a routine for single tokens."""
 
-    def __init__(self, block: Block, shape: Shape, routines: dict[torch.dtype, Routine]) -> None:
+    def __init__(
+        self, block: Block, shape: Shape, routines: dict[tuple[torch.dtype, int], Routine]
+    ) -> None:
+        """routines: for this type of keys and values, and so many tokens together."""
         nn.Module.__init__(self)
         self.layer, self.config, self.sizes = block.layer, block.config, block.sizes
         self.attend = block.attend
@@ -71,27 +58,23 @@ class CompiledBlock(Block):
         return {**self.__dict__, "routines": {}}
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        routine = self._routine_for(x, step)
-        if routine is None or not self._is_whole():
+        if not self._is_for(x, step) or not self._is_whole():
             return super().forward(x, step)
-        at_once = FEW if self.shape.at_once else 1
-        if len(x) <= at_once:
-            y = self._through(routine, x, step, slice(None))
-        else:
-            rows = range(0, len(x), at_once)
-            y = torch.cat([self._through(routine, x, step, slice(r, r + at_once)) for r in rows])
-        if self.shape.may_overflow and not y.isfinite().all():
-            return super().forward(x, step)  # what float16 cannot hold, float32 can
-        return y
+        together = FEW if self.shape.device == "cuda" else together_for(len(x))
+        routine = self.routines.get((step.cache.cache.keys[self.layer].dtype, together))
+        if routine is None:
+            return super().forward(x, step)
+        starts = range(0, len(x), together)
+        found = [self._through(routine, x, step, slice(at, at + together)) for at in starts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _routine_for(self, x: Tensor, step: Step) -> Routine | None:
+    def _is_for(self, x: Tensor, step: Step) -> bool:
         if x.shape[1] != 1 or type(step.cache) is not Rows or not may_differ(x):
-            return None
+            return False
         if x.device.type != self.shape.device:
-            return None
-        if torch.is_grad_enabled() and any(weight.requires_grad for *_, weight, _ in self._parts):
-            return None
-        return self.routines.get(step.cache.cache.keys[self.layer].dtype)
+            return False
+        learns = torch.is_grad_enabled()
+        return not (learns and any(weight.requires_grad for *_, weight, _ in self._parts))
 
     def _gather(self) -> None:
         """What the routine stands for: parts, their weights and how old these are."""
@@ -128,24 +111,26 @@ class CompiledBlock(Block):
         """The routine knows sizes, not strides: all must lie in one piece, as a cache does."""
         memory = step.cache.cache
         keys, values = memory.keys[self.layer], memory.values[self.layer]
-        given = [x[rows, 0].contiguous(), *_shared(step, rows), keys, values, *self._made]
-        [y] = routine(given)
-        return y[:, None]
+        x, together = x[rows, 0], 1 if self.shape.device == "cuda" else rows.stop - rows.start
+        told = _told(step, rows, together)
+        [y] = routine([filled(x, together), *told, keys, values, *self._made])
+        return y[: len(x), None]
 
 
-def _shared(step: Step, rows: slice) -> Sequence[Tensor]:
-    """What the routines of all blocks are told of these rows of a step, cos to visible: made by
-    the first block and kept with the step, for as long as nobody gives it another of them."""
+def _told(step: Step, rows: slice, together: int) -> Sequence[Tensor]:
+    """What the routines of all blocks are told of these rows of a step, cos to visible, filled up
+    to as many as go together: made by the first block and kept with the step, for as long as nobody
+    gives it another of them."""
     told = step.cos, step.sin, step.positions, step.cache.slots, step.visible
-    kept: dict[int | None, tuple[Sequence[Tensor], Sequence[Tensor]]]
+    kept: dict[tuple[int, int], tuple[Sequence[Tensor], Sequence[Tensor]]]
     kept = vars(step).setdefault("told", {})
-    before, made = kept.get(rows.start, ((), ()))
+    before, made = kept.get((rows.start, rows.stop), ((), ()))
     if not before or any(one is not other for one, other in zip(before, told, strict=True)):
         cos, sin, positions, slots, visible = told
         slots = slots[rows].to(positions.device)
         some = cos[rows, 0, 0], sin[rows, 0, 0], positions[rows, 0], slots, visible[rows, 0]
-        made = [one.contiguous() for one in some]
-        kept[rows.start] = told, made
+        made = [filled(one, together) for one in some]
+        kept[rows.start, rows.stop] = told, made
     return made
 
 
@@ -159,7 +144,8 @@ def _weights(block: Block) -> Iterator[Tensor]:
 def _products(block: Block) -> list[Linear]:
     """Those parts that routines can multiply by."""
     parts = [getattr(block, name) for name in PRODUCTS]
-    return [part for part in parts if isinstance(part, PreparedLinear) or _stays_packed(part)]
+    kinds = LaneLinear | HalfLinear | KeptLinear
+    return [part for part in parts if isinstance(part, kinds) or _stays_packed(part)]
 
 
 def _stays_packed(part: nn.Module) -> TypeGuard[Linear]:
@@ -206,77 +192,25 @@ def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
 def _kind(part: Linear) -> str:
     if _stays_packed(part):
         return PACKED + type_of(part)
-    kinds: dict[type[Linear], str] = {KeptLinear: KEPT, Int4Linear: NIBBLES}
-    return _name(part.dtype) if isinstance(part, HalfLinear) else kinds[type(part)]
+    if isinstance(part, LaneLinear):
+        return LANES + part.kind
+    return _name(part.dtype if isinstance(part, HalfLinear) else torch.float32)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# ── on disk ───────────────────────────────────────────────────────────────────────────────────
-
-
-def cache_folder(kind: str) -> Path:
-    """Where things of this kind are kept, that can be made anew."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "refollama" / kind
-
-
-def folder() -> Path:
-    """Where routines are kept."""
-    return cache_folder("blocks")
-
-
-def is_ours(path: Path) -> bool:
-    """May nobody but its user have written it?  Raises: OSError if it is not there."""
-    stat = path.stat()
-    return not hasattr(os, "getuid") or (stat.st_uid == os.getuid() and not stat.st_mode & 0o022)
+# ── which routines ────────────────────────────────────────────────────────────────────────────
 
 
 def path_of(shape: Shape) -> Path:
-    """Of this shape, for this processor, by this torch and this code."""
-    return folder() / f"{_maker(shape.device)}-{_digest(asdict(shape))}.pt2"
-
-
-@cache
-def _maker(device: str = "cpu") -> str:
-    if device == "cuda":
-        properties = [torch.cuda.get_device_name(), torch.version.cuda]
-        return _digest([*properties, torch.__version__, inspect.getsource(source)])
-    processor = platform.processor() or platform.machine()
-    if CPUINFO.exists():
-        lines = CPUINFO.read_text().splitlines()
-        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return _digest([processor, torch.__version__, inspect.getsource(source)])
-
-
-def _digest(told: object) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@cache
-def _loaded(path: Path, device: str = "cpu") -> Routine | None:
-    """The routine of a file; None if there is none that may be trusted and works."""
-    if not path.exists():
-        return None
-    if not is_ours(path):
-        log.warning("%s is left alone: others than its user may write it", path)
-        return None
-    try:
-        # What torch's own reader of packages is built on; that takes two seconds to import.
-        # For a recording it must not ask the GPU, between its steps, whether it has ended.
-        alone = device == "cuda"
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1, -1)
-    except (RuntimeError, AttributeError) as problem:
-        log.warning("%s is no routine of a block: %s", path, str(problem).split("\n")[0])
-        return None
-    run: Routine = loader.run
-    return run
+    """Where the routine of this shape is kept."""
+    return path_for(asdict(shape), shape.device)
 
 
 def join(net: Llama) -> int:
-    """Let every block have its routine, if there is one.  → how many have"""
+    """Let every block have its routines, if there are any.  → how many have"""
     if not folder().is_dir():
         return 0
     count = 0
@@ -284,11 +218,9 @@ def join(net: Llama) -> int:
         shape = shape_of(block)
         if shape is None:
             continue
-        shapes = {dtype: replace(shape, cache=_name(dtype)) for dtype in CACHES}
-        found = {dtype: _loaded(path_of(one), one.device) for dtype, one in shapes.items()}
-        routines = {dtype: one for dtype, one in found.items() if one is not None}
-        if shape.device == "cuda":
-            routines = {dtype: Recorded(one) for dtype, one in routines.items()}
+        routines: dict[tuple[torch.dtype, int], Routine] = {}
+        for dtype in CACHES:
+            routines |= _routines(replace(shape, cache=_name(dtype)))
         if routines:
             assert isinstance(block, Block)
             net.blk[index] = CompiledBlock(block, shape, routines)
@@ -296,98 +228,73 @@ def join(net: Llama) -> int:
     return count
 
 
+def _routines(shape: Shape) -> dict[tuple[torch.dtype, int], Routine]:
+    """For any number of tokens, or none at all: a block computes all of them alike."""
+    found = {}
+    for together in _together(shape):
+        routine = loaded(path_of(replace(shape, together=together)), shape.device)
+        if routine is None:
+            return {}
+        recorded = Recorded(routine) if shape.device == "cuda" else routine
+        found[getattr(torch, shape.cache), together] = recorded
+    return found
+
+
 # ── compiling ─────────────────────────────────────────────────────────────────────────────────
 
 
-def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> int:
+def compile_blocks(net: Llama, dtype: torch.dtype, told: Told = unheard) -> int:
     """Compile what blocks of this net have no routine yet, and let them have it.
 
-    dtype: of the cache. told: is called with the shapes that are done, and those that there are.
-    What other versions have left is removed. → the blocks that have a routine now
+    dtype: of the cache. told: is called with the routines that are done, and those that there are.
+    What other versions have left is removed. → the blocks that have routines now
     Raises: RefollamaError without a compiler, or if it fails.
     """
-    blocks = {shape: block for block in net.blk if (shape := shape_of(block, dtype)) is not None}
-    told(0, len(blocks))
-    for done, (shape, block) in enumerate(blocks.items()):
+    there = shapes(net, dtype)
+    told(0, len(there))
+    for done, (shape, block) in enumerate(there.items()):
         if not path_of(shape).exists():
-            assert isinstance(block, Block)
-            _compile(block, shape)
-            _loaded.cache_clear()
-        told(done + 1, len(blocks))
-    makers = tuple(map(_maker, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)))
-    for old in folder().glob("*.pt2") if blocks else ():
-        if not old.name.startswith(makers):
-            old.unlink(missing_ok=True)
+            given, dynamic = _example(block, shape)
+            compile_to(path_of(shape), BlockStep(shape), given, dynamic)
+        told(done + 1, len(there))
+    if there:
+        prune()
     return join(net)
 
 
-def _compile(block: Block, shape: Shape) -> None:
-    """The file appears whole, or not at all."""
-    _check_compiler()
-    given, dynamic = _example(block, shape)
-    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder()) as scratch, _quietly(scratch):
-        try:
-            exported = torch.export.export(BlockStep(shape), given, dynamic_shapes=dynamic)
-            made = torch._inductor.aoti_compile_and_package(
-                exported,
-                package_path=str(Path(scratch) / "block.pt2"),
-                inductor_configs={"cpp.dynamic_threads": True},
-            )
-        except Exception as problem:  # a compiler says much; the log has all of it
-            log.debug("compiling failed", exc_info=True)
-            last = str(problem).strip().split("\n")[-1]
-            raise RefollamaError(f"a block could not be compiled: {last}") from problem
-        os.chmod(made, 0o600)
-        os.replace(made, path_of(shape))
+def shapes(net: Llama, dtype: torch.dtype) -> dict[Shape, Block]:
+    """Those that routines are for, each with a block of that shape."""
+    found = {}
+    for block in net.blk:
+        shape = shape_of(block, dtype)
+        for together in _together(shape) if shape else ():
+            assert isinstance(block, Block) and shape
+            found[replace(shape, together=together)] = block
+    return found
 
 
-def _check_compiler() -> None:
-    from torch._inductor import cpp_builder
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except RuntimeError:
-        raise RefollamaError(
-            "there is no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one "
-            "in the environment variable CXX"
-        ) from None
+def _together(shape: Shape) -> tuple[int, ...]:
+    """How many tokens its routines are for: on a GPU any number up to that."""
+    return (FEW,) if shape.device == "cuda" else (1, TOGETHER)
 
 
 def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[object, ...]]:
     """Arguments for `BlockStep.forward`, and which of their sizes may be others."""
-    B, slots, room, dtype = 2, 3, 2 * PIECE, getattr(torch, shape.cache)
+    B, slots, room, dtype = shape.together, 3, 2 * PIECE, getattr(torch, shape.cache)
     products = tuple(tuple(_made_of(part)) for part in _products(block))
     fresh = (
         torch.randn(B, shape.sizes[0][1]),
         *torch.randn(2, B, shape.d_rotated // 2),
-        torch.tensor([5, 9]),
-        torch.tensor([0, 2]),
+        torch.arange(5, 5 + B),
+        torch.arange(B) % slots,
         torch.ones(B, PIECE, dtype=torch.bool),
         torch.zeros(slots, shape.n_kv_heads, room, shape.d_head, dtype=dtype),
         torch.zeros(slots, shape.n_kv_heads, room, shape.d_value, dtype=dtype),
     )
     norms = block.attn_norm.weight, block.ffn_norm.weight
     given = (*(one.to(norms[0].device) for one in fresh), *norms, products)
-    few = torch.export.Dim("B", min=1, max=FEW)
     seen, had, places = (torch.export.Dim(name, min=1) for name in ("S", "slots", "room"))
-    rows: tuple[object, ...] = ({0: few},) * 5
+    few = {0: torch.export.Dim("B", min=1, max=B)} if shape.device == "cuda" else {}
     fixed = tuple(tuple(None for _ in made) for made in products)
     memory = {0: had, 2: places}
-    return given, (*rows, {0: few, 1: seen}, memory, memory, None, None, fixed)
-
-
-@contextmanager
-def _quietly(scratch: str) -> Iterator[None]:
-    """What torch compiles on the way lies in this folder; its advice is for others."""
-    before = os.environ.get(INDUCTOR_CACHE)
-    os.environ[INDUCTOR_CACHE] = scratch
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            os.environ.pop(INDUCTOR_CACHE)
-        else:
-            os.environ[INDUCTOR_CACHE] = before
+    return given, (*(few,) * 5, {**few, 1: seen}, memory, memory, None, None, fixed)

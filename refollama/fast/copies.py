@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 
 from refollama.errors import FormatError, RefollamaError, StoreError
-from refollama.fast import half, nibbles
-from refollama.fast.compiled import cache_folder, is_ours
+from refollama.fast import half, lanes, nibbles
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
+from refollama.fast.laned import LaneLinear
 from refollama.fast.nibbles import Int4Linear
 from refollama.fast.prepared import PreparedLinear
+from refollama.fast.routines import cache_folder, is_ours
 from refollama.models.llama import Llama
 from refollama.weights.safetensors import Array, Made, encoded, open_safetensors
 from refollama.weights.whole import write_whole
 
 SOURCES = "sources"  # the tensor that says, as JSON, of which files the others were made
-DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def path_of(sources: Sequence[Path]) -> Path:
 
 @cache
 def _maker() -> list[str]:
-    processor = torch.backends.cpu.get_cpu_capability()
-    return [torch.__version__, processor, inspect.getsource(nibbles), inspect.getsource(half)]
+    code = map(inspect.getsource, (nibbles, half, lanes))
+    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), *code]
 
 
 def copied(net: Llama) -> dict[str, PreparedLinear]:
@@ -68,7 +69,7 @@ def copied(net: Llama) -> dict[str, PreparedLinear]:
         if isinstance(part, FastExperts):
             each = {f"{name}.{number}": one for number, one in enumerate(part.each)}
         for its, one in each.items():
-            if isinstance(one, Int4Linear | HalfLinear) and one.more_bytes:
+            if isinstance(one, Int4Linear | HalfLinear | LaneLinear) and one.more_bytes:
                 found[its] = one
     return found
 
@@ -94,6 +95,12 @@ def keep(net: Llama, sources: Sequence[Path]) -> int:
     except OSError as problem:
         raise RefollamaError(f"copies could not be kept: {problem.strerror}") from problem
     return path.stat().st_size
+
+
+def are_kept(net: Llama, sources: Sequence[Path]) -> bool:
+    """Are all copies of this net kept, in the form that it has them?"""
+    there = kept(sources)
+    return all(name in there and part.fits(there[name]) for name, part in copied(net).items())
 
 
 def _as_stored(one: Tensor) -> Made:

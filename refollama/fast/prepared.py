@@ -79,10 +79,14 @@ class PreparedLinear(Linear):
     def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """The types and shapes of those tensors."""
 
+    def fits(self, made: Made) -> bool:
+        """Have these tensors the types and shapes of those?"""
+        return [(one.dtype, tuple(one.shape)) for one in made] == self.form()
+
     def prepare_now(self, kept: Made | None = None) -> None:
         """Not before somebody's first token.  kept: what was made of the same weight before; it is
         taken, if it has the right form."""
-        if kept is None or [(one.dtype, tuple(one.shape)) for one in kept] != self.form():
+        if kept is None or not self.fits(kept):
             self.prepared()
             return
         self._prepared = self.weight, self._age(), kept

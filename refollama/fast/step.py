@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from refollama.fast.half import are_alike
-from refollama.fast.nibbles import GROUP
+from refollama.fast.lanes import times
 from refollama.fast.prepared import Made
 from refollama.models.layers import rotate
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 
 PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-# Kinds of products; the others are names of 16-bit types.
-KEPT, NIBBLES = "float32", "nibbles"
-PACKED = "packed "  # and the type of the rows
+# Kinds of products; the others are the types of numbers of matrices that are not packed.
+LANES, PACKED = "lanes ", "packed "  # and the type of the rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Shape:
     """All that decides the routine of a block, but for the processor and torch."""
 
     sizes: tuple[tuple[int, ...], ...]  # (out, in) of each product
-    kinds: tuple[str, ...]  # of each product: KEPT, NIBBLES, "float16", "packed Q4_0", …
+    kinds: tuple[str, ...]  # of each product: "float32", "float16", "lanes Q4_0", "packed Q4_0", …
     tensors: tuple[int, ...]  # that each product is made with
     n_kv_heads: int
     d_head: int
@@ -44,25 +42,15 @@ class Shape:
     eps: float
     cache: str  # the type of keys and values: "float16", "float32"
     device: str = "cpu"  # or "cuda"
-
-    @property
-    def at_once(self) -> bool:
-        """Are rows computed alike beside each other?  Else each goes alone."""
-        apart = {kind for kind in ("float16", "bfloat16") if not are_alike(getattr(torch, kind))}
-        return not (apart | {KEPT}) & set(self.kinds)
-
-    @property
-    def may_overflow(self) -> bool:
-        """Can a product be too large for what it is computed in?"""
-        return "float16" in self.kinds
+    together: int = 1  # tokens; on a GPU: as many, or fewer
 
 
 class BlockStep(nn.Module):
-    """The block of a shape.
+    """The block of a shape.  A token is computed in the same order beside however many others.
 
-    Shapes: x (B, d_model); cos, sin (B, R/2); positions, slots (B,); visible (B, S) bool; keys
-    (slots, Hk, room, D) and values (slots, Hk, room, Dv), which are written into; norms (d_model,)
-    → (B, d_model).
+    Shapes: x (B, d_model), B as many as go together; cos, sin (B, R/2); positions, slots (B,);
+    visible (B, S) bool; keys (slots, Hk, room, D) and values (slots, Hk, room, Dv), which are
+    written into; norms (d_model,) → (B, d_model).
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -103,20 +91,22 @@ class BlockStep(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps) * weight
 
     def _times(self, x: Tensor, products: Sequence[Made], which: int) -> Tensor:
+        """(B, in) → (B, out)"""
         made, kind = products[which], self.shape.kinds[which]
-        if kind == KEPT:
-            return functional.linear(x, made[0])
-        if kind == NIBBLES:
-            few = x.bfloat16()
-            pairs = zip(made[::2], made[1::2], strict=True)
-            times = torch.ops.aten._weight_int4pack_mm_for_cpu
-            parts = [times(few, q, GROUP, scales).float() for q, scales in pairs]
-            return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        # A compiler would else compute these numbers anew for each row of the matrix.
+        x = x.contiguous().as_strided(x.shape, (x.shape[1], 1))
         if kind.startswith(PACKED):
             # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
             return (x[:, None] * matrix).sum(-1)
-        return functional.linear(x.to(made[0].dtype), made[0]).float()
+        if kind.startswith(LANES):
+            return times(x, made, kind.removeprefix(LANES))
+        return _rows_times(x, made[0])
+
+
+def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
+    """(B, in), (out, in) of any type → (B, out): each row is read once for all tokens."""
+    return torch.stack([(token * matrix.float()).sum(-1) for token in x.unbind()])
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -247,17 +247,17 @@ def q2_k(block: Tensor) -> Tensor:
 def q3_k(block: Tensor) -> Tensor:
     """byte 0..31     h   1 bit: bit j of byte k is bit 2 of value[32·j + k]
     byte 32..95    q   bits 0, 1: two groups of 32 bytes, in each 4 runs of 32 values
-    byte 96..107   s   16 scales of 6 bits: `_six_bits`
+    byte 96..107   s   16 scales of 6 bits: `six_bits`
     byte 108..109  d   float16, step size of the scales
     value[16·j + k] = d · (s[j] − 32) · (q − 4)     (n, 110) uint8 → (n, 256) float32.
     """
     high = shifted(block[:, :32], 1, 1)  # (n, 8, 32)
     q = shifted(block[:, 32:96].view(-1, 2, 32), 2, 3).view(-1, 8, 32) | high << 2
-    step = half(block, 108) * _six_bits(block[:, 96:108]).float().sub_(32)
+    step = half(block, 108) * six_bits(block[:, 96:108]).float().sub_(32)
     return scaled(q.view(-1, 16, 16).view(torch.int8) - 4, step)
 
 
-def _six_bits(s: Tensor) -> Tensor:
+def six_bits(s: Tensor) -> Tensor:
     """byte 0..7   bits 0..3: low halves are s[0..7], high halves s[8..15]
     byte 8..11  bits 4, 5: byte k holds those of s[k], s[4 + k], s[8 + k], s[12 + k], lowest first
     (n, 12) uint8 → (n, 16)

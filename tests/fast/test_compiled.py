@@ -13,8 +13,9 @@ from click.testing import CliRunner
 import refollama
 from refollama.cli import cli
 from refollama.fast import CompiledBlock, exactly, hasten, warm
-from refollama.fast.compiled import _loaded, folder, join, path_of, shape_of
+from refollama.fast.compiled import join, path_of, shape_of
 from refollama.fast.recorded import MOST, Recorded
+from refollama.fast.routines import folder, loaded, maker
 from refollama.fast.step import BlockStep
 from refollama.models.layers import Linear
 from refollama.models.load import load_net
@@ -24,16 +25,20 @@ from tests.models.test_llama import some_tokens
 from tests.tiny import write_model
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-slow = pytest.mark.slow
+
+
+def slow(test: Any) -> Any:
+    """Compiling takes a minute or two, on some machines more."""
+    return pytest.mark.slow(pytest.mark.timeout(600)(test))
+
+
 WIDE: Any = {
     "embedding_length": 256,
     "feed_forward_length": 512,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
 }
-KINDS = {"small": "Q8_0", "nibbles": "Q4_0", "two of them": "Q5_0", "float16": "Q6_K"}
-KINDS |= {"bfloat16": "BF16"}
-NIBBLED = ("nibbles", "two of them")
+KINDS = {"small": "Q8_0", "lanes": "Q5_K", "float16": "F16"}
 
 
 def net_of(path) -> Any:
@@ -52,8 +57,6 @@ def choose(patch, kind, place):
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory):
     """A model whose blocks were compiled: kind, folder, path."""
-    if request.param in NIBBLED and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("torch multiplies nibbles on processors with AVX2")
     place = tmp_path_factory.mktemp("warm")
     path = write_model(place / "m.gguf", type=KINDS[request.param], **WIDE)
     with pytest.MonkeyPatch.context() as patch:
@@ -62,8 +65,12 @@ def made(request, tmp_path_factory):
         net = net_of(path)
         assert not any(isinstance(block, CompiledBlock) for block in net.blk)
         assert warm(net, told=lambda *done: told.append(done)) == len(net.blk)
-        assert told == [(0, 1), (1, 1)]
-        assert [one.suffix for one in folder().iterdir()] == [".pt2"]
+        products = 1 if request.param == "lanes" else 0
+        total = products + 2  # blocks for one token, and for eight
+        assert told[0] == (0, total)
+        assert told[-1] == (total, total)
+        assert sorted(told) == told
+        assert [one.suffix for one in folder().iterdir()] == [".pt2"] * (2 * products + 2)
     return request.param, place, path
 
 
@@ -83,13 +90,13 @@ def counted(net):
     """How often routines are called from now on: one item for each time."""
     calls: list[int] = []
     for block in net.blk:
-        for dtype, routine in block.routines.items():
+        for key, routine in block.routines.items():
 
             def run(given, routine=routine, layer=block.layer):
                 calls.append(layer)
                 return routine(given)
 
-            block.routines[dtype] = run
+            block.routines[key] = run
     return calls
 
 
@@ -259,7 +266,7 @@ def test_a_file_that_is_no_routine_is_told_of_and_left_alone(cold, caplog, size)
     folder().mkdir(parents=True)
     kept.write_bytes(os.urandom(size))
     kept.chmod(0o600)
-    _loaded.cache_clear()
+    loaded.cache_clear()
     assert join(net) == 0
     assert "no routine" in caplog.text
     assert kept.exists()
@@ -272,7 +279,7 @@ def test_a_file_that_others_may_write_is_not_run(cold, caplog):
     folder().mkdir(parents=True)
     kept.write_bytes(b"PK")
     kept.chmod(0o666)
-    _loaded.cache_clear()
+    loaded.cache_clear()
     assert join(net) == 0
     assert "others than its user" in caplog.text
 
@@ -280,7 +287,7 @@ def test_a_file_that_others_may_write_is_not_run(cold, caplog):
 def test_another_shape_another_torch_and_another_processor_have_files_of_their_own(
     cold, tmp_path, monkeypatch
 ):
-    from refollama.fast import compiled
+    from refollama.fast import routines
 
     block = net_of(cold).blk[0]
     one, full = shape(block), shape(block, torch.float32)
@@ -289,21 +296,21 @@ def test_another_shape_another_torch_and_another_processor_have_files_of_their_o
     assert len(paths) == 3
     for change in (
         lambda: monkeypatch.setattr(torch, "__version__", "9.9"),
-        lambda: monkeypatch.setattr(compiled, "CPUINFO", tmp_path / "cpuinfo"),
+        lambda: monkeypatch.setattr(routines, "CPUINFO", tmp_path / "cpuinfo"),
     ):
         (tmp_path / "cpuinfo").write_text("flags : fpu sse9\n")
         change()
-        compiled._maker.cache_clear()
+        maker.cache_clear()
         assert path_of(one) not in paths
         paths.add(path_of(one))
-    compiled._maker.cache_clear()
+    maker.cache_clear()
 
 
 @torch.no_grad()
 def test_a_weight_of_another_size_ends_the_routine(cold):
     net = net_of(cold)
     block, calls = net.blk[0], []
-    refuse: Any = {torch.float16: lambda given: calls.append(given)}
+    refuse: Any = {(torch.float16, 1): lambda given: calls.append(given)}
     net.blk[0] = warmed = CompiledBlock(block, shape(block), refuse)
     part = warmed.ffn_gate
     fewer = len(part.weight) // 2
@@ -336,7 +343,7 @@ def test_a_step_of_tensors_is_the_step_of_the_block(cold):
     theirs = written(net, ids, dtype=torch.float32)
     for index, block in enumerate(net.blk):
         its = shape(block, torch.float32)
-        net.blk[index] = CompiledBlock(block, its, {torch.float32: routine_of(its)})
+        net.blk[index] = CompiledBlock(block, its, {(torch.float32, 1): routine_of(its)})
     torch.testing.assert_close(written(net, ids, dtype=torch.float32), theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -356,7 +363,8 @@ def with_routines(net, around):
     for index, block in enumerate(net.blk):
         its = shape(block, torch.float32)
         assert set(its.kinds) == {"packed Q4_0"}
-        net.blk[index] = CompiledBlock(block, its, {torch.float32: around(routine_of(its))})
+        ways = {(torch.float32, count): around(routine_of(its)) for count in (1, 8)}
+        net.blk[index] = CompiledBlock(block, its, ways)
     return net
 
 
@@ -454,12 +462,12 @@ def test_without_a_compiler_it_says_what_is_missing(cold, monkeypatch):
     assert not list(folder().glob("*"))
 
 
-def test_a_model_without_such_blocks_is_refused(cold, monkeypatch):
+def test_a_model_with_nothing_to_compile_is_refused(cold, monkeypatch):
     monkeypatch.setattr("refollama.fast.choice.SMALL", -1)
     path = write_model(cold.parent / "f32.gguf", type="F32")
     said = CliRunner().invoke(cli, ["warm", str(path)])
     assert said.exit_code == 1
-    assert "has no blocks that can be compiled" in said.output
+    assert "has nothing that can be compiled" in said.output
 
 
 @compiler

@@ -1,0 +1,105 @@
+"""A matrix in lanes, in place of another: few tokens go through a compiled product.
+
+One routine of a type serves matrices of all sizes; a second one multiplies eight tokens by what it
+unpacks once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refollama.fast.lanes import CODE, LANES, form, laid, times
+from refollama.fast.prepared import Made, PreparedLinear, may_round
+from refollama.fast.routines import compile_to, loaded, path_for
+from refollama.fast.slabs import SLAB, by_slabs, columns
+from refollama.models.layers import Linear
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.quants import LAYOUTS
+
+TOGETHER = 8  # tokens
+WORTH_IT = 4  # tokens from which on eight together are sooner than one by one
+
+
+class LaneLinear(PreparedLinear):
+    """`Linear` with a matrix in lanes beside the packed one, for few tokens."""
+
+    def __init__(self, part: Linear, kind: str) -> None:
+        super().__init__(part)
+        self.kind = kind  # as which it is packed
+        self._paths = {together: path_of(kind, together) for together in (1, TOGETHER)}
+
+    def prepare(self) -> Made:
+        """As in `lanes.laid`."""
+        rows = max(1, SLAB // columns(self) // LANES) * LANES
+        slabs = [laid(some, self.kind) for some in torch.split(self.weight, rows)]
+        return [torch.cat(parts) for parts in zip(*slabs, strict=True)]
+
+    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        return form(self.kind, len(self.weight), columns(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_round(x):
+            return by_slabs(self, x)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        together = together_for(len(rows))
+        routine = loaded(self._paths[together])
+        if routine is None or not len(rows):  # somebody has removed it since
+            return by_slabs(self, x)
+        made = self.prepared()
+        some = torch.split(filled(rows, together), together)
+        y = torch.cat([routine([one, *made])[0] for one in some])
+        y = y[: len(rows)].view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def together_for(count: int) -> int:
+    """How many of so many tokens are best multiplied together."""
+    return TOGETHER if count >= WORTH_IT else 1
+
+
+def filled(rows: Tensor, together: int) -> Tensor:
+    """Rows in one piece, the first of them again until they are a multiple of so many."""
+    missing = -len(rows) % together
+    if missing:
+        rows = torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:])))
+    return rows.contiguous()
+
+
+# ── compiled ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Product(nn.Module):
+    """By a matrix of one type, of any size: this is compiled."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor, *made: Tensor) -> Tensor:
+        return times(x, made, self.kind)
+
+
+def path_of(kind: str, together: int) -> Path:
+    """Where the routine of this type is kept, for so many tokens together."""
+    return path_for(["product", kind, together])
+
+
+def is_there(kind: str) -> bool:
+    """Can a matrix of this type be multiplied in lanes?"""
+    return kind in CODE and all(loaded(path_of(kind, one)) for one in (1, TOGETHER))
+
+
+def compile_products(kind: str) -> None:
+    """Both routines of a type.  Raises: RefollamaError without a compiler, or if it fails."""
+    layout = LAYOUTS[TYPE_ID[kind]]
+    width = 3 * layout.block.values
+    rows = torch.zeros(5 * LANES, 3 * layout.block.nbytes, dtype=torch.uint8)
+    any_size = torch.export.Dim.AUTO
+    for together in (1, TOGETHER):
+        given = torch.randn(together, width), *laid(rows, kind)
+        sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
+        dynamic = ({1: any_size}, sizes)
+        compile_to(path_of(kind, together), Product(kind), given, dynamic)

@@ -1,0 +1,158 @@
+"""Routines: what torch compiles to C++, kept on disk for this processor, this torch, this code.
+
+    refollama warm MODEL ── compiled ──► ~/.cache/refollama/blocks ── loaded ──► any load afterwards
+
+Nothing is compiled while somebody waits for an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refollama.errors import RefollamaError
+
+Routine = Callable[[list[Tensor]], list[Tensor]]
+WRITTEN = ("step.py", "lanes.py")  # what routines are made of
+CPUINFO = Path("/proc/cpuinfo")
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# A product that is written code by code is one loop: nothing of it goes to memory in between.
+AS_ONE = dict.fromkeys(
+    ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 1 << 30
+)
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder(kind: str) -> Path:
+    """Where things of this kind are kept, that can be made anew."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "refollama" / kind
+
+
+def folder() -> Path:
+    """Where routines are kept."""
+    return cache_folder("blocks")
+
+
+def is_ours(path: Path) -> bool:
+    """May nobody but its user have written it?  Raises: OSError if it is not there."""
+    stat = path.stat()
+    return not hasattr(os, "getuid") or (stat.st_uid == os.getuid() and not stat.st_mode & 0o022)
+
+
+def path_for(told: object, device: str = "cpu") -> Path:
+    """Of what is described so: for this processor, by this torch and this code."""
+    return folder() / f"{maker(device)}-{_digest(told)}.pt2"
+
+
+@cache
+def maker(device: str = "cpu") -> str:
+    """What names of files begin with."""
+    code = [Path(__file__).with_name(name).read_text() for name in WRITTEN]
+    if device == "cuda":
+        properties = [torch.cuda.get_device_name(), torch.version.cuda]
+        return _digest([*properties, torch.__version__, *code])
+    processor = platform.processor() or platform.machine()
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return _digest([processor, torch.__version__, *code])
+
+
+def _digest(told: object) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def loaded(path: Path, device: str = "cpu") -> Routine | None:
+    """The routine of a file; None if there is none that may be trusted and works."""
+    if not path.exists():
+        return None
+    if not is_ours(path):
+        log.warning("%s is left alone: others than its user may write it", path)
+        return None
+    try:
+        # What torch's own reader of packages is built on; that takes two seconds to import.
+        # For a recording it must not ask the GPU, between its steps, whether it has ended.
+        alone = device == "cuda"
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1, -1)
+    except (RuntimeError, AttributeError) as problem:
+        log.warning("%s is no routine: %s", path, str(problem).split("\n")[0])
+        return None
+    run: Routine = loader.run
+    return run
+
+
+def prune() -> None:
+    """Remove what other versions have left."""
+    makers = tuple(map(maker, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)))
+    for old in folder().glob("*.pt2"):
+        if not old.name.startswith(makers):
+            old.unlink(missing_ok=True)
+
+
+def compile_to(
+    path: Path, made: nn.Module, given: tuple[object, ...], dynamic: tuple[object, ...]
+) -> None:
+    """Compile what takes such arguments; the file appears whole, or not at all.
+
+    dynamic: which of their sizes may be others, as `torch.export` has it.
+    Raises: RefollamaError without a compiler, or if it fails.
+    """
+    _check_compiler()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, _quietly(scratch):
+        try:
+            package = torch._inductor.aoti_compile_and_package(
+                torch.export.export(made, given, dynamic_shapes=dynamic),
+                package_path=str(Path(scratch) / "routine.pt2"),
+                inductor_configs={"cpp.dynamic_threads": True, **AS_ONE},
+            )
+        except Exception as problem:  # a compiler says much; the log has all of it
+            log.debug("compiling failed", exc_info=True)
+            last = str(problem).strip().split("\n")[-1]
+            raise RefollamaError(f"a routine could not be compiled: {last}") from problem
+        os.chmod(package, 0o600)
+        os.replace(package, path)
+    loaded.cache_clear()
+
+
+def _check_compiler() -> None:
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        raise RefollamaError(
+            "there is no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one "
+            "in the environment variable CXX"
+        ) from None
+
+
+@contextmanager
+def _quietly(scratch: str) -> Iterator[None]:
+    """What torch compiles on the way lies in this folder; its advice is for others."""
+    before = os.environ.get(INDUCTOR_CACHE)
+    os.environ[INDUCTOR_CACHE] = scratch
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(INDUCTOR_CACHE)
+        else:
+            os.environ[INDUCTOR_CACHE] = before

@@ -1,0 +1,192 @@
+"""Matrices in lanes: every bit of a block is there, products are exact, and alike beside others."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from refollama.fast import exactly, hasten, lacking, warm
+from refollama.fast.half import HalfLinear
+from refollama.fast.laned import TOGETHER, LaneLinear, compile_products, is_there, path_of
+from refollama.fast.lanes import CODE, LANES, fits, form, laid, times
+from refollama.fast.nibbles import Int4Linear
+from refollama.fast.routines import loaded
+from refollama.fast.slabs import by_slabs
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.quants import LAYOUTS
+from tests.fast.test_fast import part, random_rows, tokens
+from tests.weights.test_quants import random_blocks
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+ROWS, COLUMNS = 48, 512
+OFF = 2e-6  # of a product in float32, relative to its largest
+
+
+def value(made, kind, row, column):
+    """One weight, computed slowly from what lies in lanes."""
+    code, where = CODE[kind], (row // LANES, row % LANES)
+    tile, lane = where
+    group, inside = divmod(column, code.group)
+    chunk, inside = divmod(inside, 8)
+    q = 0
+    if code.bits == (8,):
+        q = int(made[0][tile, group, chunk, inside, lane])
+    else:
+        base = 0
+        for plane, width in zip(made, code.bits, strict=False):
+            place, byte = divmod(inside, width)
+            bits = int(plane[tile, group, chunk, byte, lane]) >> width * place
+            q |= (bits & (1 << width) - 1) << base
+            base += width
+    small = list(made[len(code.bits) :])
+    block, part = divmod(group, LAYOUTS[TYPE_ID[kind]].block.values // code.group)
+    d = np.float32(small.pop(0)[tile, block, 0, lane].item())
+    s = np.float32(small.pop(0)[tile, block, part, lane].item() if code.s else 1)
+    m = np.float32(small.pop(0)[tile, block, 0, lane].item() if small else 0)
+    least = np.float32(small.pop(0)[tile, block, part, lane].item() if small else 1)
+    assert not small
+    return d * s * np.float32(q - code.middle) - m * least
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_every_bit_of_a_block_is_kept(kind):
+    """Of any blocks at all, in any place."""
+    layout = LAYOUTS[TYPE_ID[kind]]
+    packed = torch.from_numpy(random_blocks(layout, ROWS * COLUMNS // layout.block.values))
+    packed = packed.view(ROWS, -1)
+    made, dense = laid(packed, kind), layout.unpack_rows(packed)
+    for row, column in np.random.default_rng(0).integers((ROWS, COLUMNS), size=(400, 2)):
+        assert value(made, kind, row, column) == dense[row, column].item(), (row, column)
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_types_and_shapes_are_known_before(kind):
+    packed = random_rows(LAYOUTS[TYPE_ID[kind]], ROWS, COLUMNS)
+    made = laid(packed, kind)
+    assert [(one.dtype, tuple(one.shape)) for one in made] == form(kind, ROWS, COLUMNS)
+    assert all(one.is_contiguous() for one in made)
+    assert sum(one.nbytes for one in made) < 2 * packed.nbytes
+
+
+@pytest.mark.parametrize("kind", CODE)
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_product_is_that_of_the_unpacked_matrix(kind, count, measured):
+    plain, x = part(kind, rows=ROWS), tokens(count)
+    ours = times(x, laid(plain.weight, kind), kind)
+    theirs = x.double() @ plain.dense().double().T
+    off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert off < OFF
+    measured("fast parts", f"{kind}, warm", "plain path", off, count)
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_a_matrix_of_zeros_gives_zeros(kind):
+    layout = LAYOUTS[TYPE_ID[kind]]
+    packed = torch.zeros(LANES, layout.block.nbytes, dtype=torch.uint8)
+    made = laid(packed, kind)
+    assert torch.equal(times(tokens(2, layout.block.values), made, kind), torch.zeros(2, LANES))
+
+
+def test_heights_that_fill_no_vector_and_types_of_tables_are_not_laid():
+    assert fits("Q4_0", 32)
+    assert not fits("Q4_0", 40)
+    assert not fits("IQ2_XS", 32)
+    assert not fits("F16", 32)
+    assert not fits("", 32)
+
+
+# ── which parts ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """All nets count as large; what is compiled lies in a place of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("refollama.fast.choice.SMALL", -1)
+
+
+def net_of(*kinds) -> Any:
+    net: Any = torch.nn.Module()
+    net.blk = torch.nn.ModuleList()
+    for kind in kinds:
+        net.add_module(kind, part(kind))
+    hasten(net)
+    return net
+
+
+def test_without_routines_nothing_is_laid(place):
+    net = net_of("Q4_0", "Q6_K", "F16", "IQ2_XS")
+    assert not is_there("Q4_0")
+    assert lacking(net) == ["Q4_0", "Q6_K"]
+    assert not any(isinstance(one, LaneLinear) for one in net.children())
+
+
+def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
+    def fail(kind):
+        assert isinstance(net.Q4_0, LaneLinear)
+        raise KeyboardInterrupt
+
+    net = net_of("Q4_0", "Q6_K")
+    before = list(net.children())
+    monkeypatch.setattr("refollama.fast.choice.compile_products", fail)
+    with pytest.raises(KeyboardInterrupt):
+        warm(net)
+    assert list(net.children()) == before
+    assert not any(isinstance(one, LaneLinear) for one in before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 8, 11])
+def test_tokens_go_alone_or_eight_together(place, monkeypatch, count):
+    """What is compiled, uncompiled."""
+    sizes = []
+
+    def routine(given):
+        sizes.append(len(given[0]))
+        return [times(given[0], given[1:], "Q5_K")]
+
+    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: routine)
+    ours = LaneLinear(part("Q5_K", bias=True), "Q5_K")
+    found, few = ours(tokens(count)[:, None]), sizes.copy()
+    theirs = part("Q5_K", bias=True)(tokens(count)[:, None])
+    torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
+    assert few == ([TOGETHER] * -(-count // TOGETHER) if count >= 4 else [1] * count)
+
+
+# ── compiled ──────────────────────────────────────────────────────────────────────────────────
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(place, measured):
+    kind = "Q4_0"
+    net = net_of(kind, "F16")
+    assert isinstance(net.Q4_0, Int4Linear)
+    compile_products(kind)
+    told: list[tuple[int, int]] = []
+    assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
+    assert isinstance(net.Q4_0, LaneLinear)
+    assert type(net.F16) is HalfLinear
+    for rows, columns in ((ROWS, 512), (LANES, 32), (2 * LANES, 2048)):
+        plain = part(kind, rows=rows, columns=columns)
+        ours = LaneLinear(plain, kind)
+        x = tokens(20, columns)[:, None]
+        together, theirs = ours(x), x.double() @ plain.dense().double().T
+        off = ((together - theirs).abs().max() / theirs.abs().max()).item()
+        assert off < OFF
+        for count in (1, 2, 3, 5, 8):
+            assert torch.equal(ours(x[:count]), together[:count])
+            assert torch.equal(ours(x[-count:]), together[-count:])
+        with exactly():
+            assert torch.equal(ours(x), type(ours)(plain, kind)(x))
+    measured("fast parts", f"{kind}, warm", "plain path", off, 20)
+    x = tokens(1).requires_grad_()
+    net.Q4_0(x).sum().backward()  # goes the long way
+    assert x.grad is not None
+    net.Q4_0.weight[0] = 0
+    assert net.Q4_0(tokens(1))[0, 0] == 0
+    path_of(kind, 1).unlink()
+    loaded.cache_clear()
+    assert torch.equal(net.Q4_0(tokens(1)), by_slabs(net.Q4_0, tokens(1)))
