@@ -103,8 +103,8 @@ SECTIONS = {
         "tokens",
         "What replaces the matrices of large nets (`refollama/fast/`): a product, relative to that "
         "of the plain path, and what that does to the next token's distribution: the mean "
-        "Kullback-Leibler divergence in nats. Small nets and types that are not named here are "
-        "not rounded at all.",
+        "Kullback-Leibler divergence in nats; with *warm*: as `refollama warm` compiles it. Small "
+        "nets and types that are not named here are not rounded at all.",
     ),
     "context shift": Section(
         "Context shift",
@@ -209,6 +209,7 @@ random is drawn from fixed seeds, so the page changes when the code does. The ju
 def required() -> dict[str, list[str]]:
     """Every subject that the page must have, by section, in the order of the code's own tables."""
     from refollama.fast.half import COPIED, NATIVE
+    from refollama.fast.lanes import CODE
     from refollama.fast.nibbles import LINES
     from refollama.options import Options
     from refollama.text.bpe import PATTERNS
@@ -224,7 +225,10 @@ def required() -> dict[str, list[str]]:
         "tokenizers": [f"kind {kind}" for kind in kinds()],
         "word patterns": [name for name in PATTERNS if name in CUTS.values()],
         "models": list(VARIANTS),
-        "fast parts": list(dict.fromkeys((*LINES, *NATIVE, *COPIED))),
+        "fast parts": [
+            *dict.fromkeys((*LINES, *NATIVE, *COPIED)),
+            *(f"{one}, warm" for one in CODE),
+        ],
         "options": [field.name for field in dataclasses.fields(Options)],
     }
 

@@ -3,7 +3,7 @@
     net ── hasten ──┬─ a small net: every matrix is unpacked once (kept.py), every bit stays
                     └─ a large one: each matrix by its type
                          2 to 8 bits, after `refollama warm`
-                                      ── sixteen rows side by side, all bits kept (lanes.py, laned.py)
+                                      ── sixteen rows side by side (lanes.py, laned.py)
                          4, 5, 8 bits in groups of 32, before it
                                       ── nibbles, multiplied as they lie (nibbles.py)
                          F16, BF16, all others
@@ -12,13 +12,14 @@
                                       ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
          attention over a prompt, some tokens at a time (attention.py)
-         blocks, after `warm` ── one compiled routine for a token (step.py, compiled.py, routines.py)
+         blocks, after `warm` ── one compiled routine for a token (step.py, compiled.py)
          the same on a GPU ── matrices stay packed, launches are recorded (recorded.py)
          copies, after it  ── mapped from where they were kept (copies.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
-for itself; and where products are compiled, not even those. Long prompts are read in slabs, as exactly as on the plain path; and so is everything
-that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
+for itself; and where products are compiled, not even those. Long prompts are read in slabs, as
+exactly as on the plain path; and so is everything that is done `with exactly():`, as `llm.logits`,
+`score` and `embed` do.
 """
 
 from refollama.fast.choice import hasten, lacking, more_bytes, threads_for_writing, warm

@@ -175,7 +175,8 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
     step = (outer if code.s is None else outer * small[1]).unsqueeze(3)
     found = []
     for token in x.view(-1, 1, *size[1:4], CODES, 1).unbind(0):
-        start = (token.sum(-2) * -code.middle).expand(size)
+        # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
+        start = (token * -code.middle).sum(-2).expand(size)
         numbers = token.expand(*size[:4], CODES, LANES).unbind(-2)
         sums = [start, torch.zeros_like(start)]
         for k, (number, one) in enumerate(zip(numbers, q, strict=True)):

@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from refollama.fast import exactly, hasten, lacking, warm
+from refollama.fast.choice import copied_bytes
+from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
 from refollama.fast.laned import TOGETHER, LaneLinear, compile_products, is_there, path_of
 from refollama.fast.lanes import CODE, LANES, fits, form, laid, times
 from refollama.fast.nibbles import Int4Linear
 from refollama.fast.routines import loaded
 from refollama.fast.slabs import by_slabs
+from refollama.models.load import load_net
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 from tests.fast.test_fast import part, random_rows, tokens
+from tests.tiny import write_model
 from tests.weights.test_quants import random_blocks
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -137,21 +141,42 @@ def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
     assert not any(isinstance(one, LaneLinear) for one in before)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 8, 11])
-def test_tokens_go_alone_or_eight_together(place, monkeypatch, count):
-    """What is compiled, uncompiled."""
-    sizes = []
+def eager(kind, sizes=None):
+    """What is compiled, uncompiled; it notes how many tokens it is given."""
 
     def routine(given):
-        sizes.append(len(given[0]))
-        return [times(given[0], given[1:], "Q5_K")]
+        if sizes is not None:
+            sizes.append(len(given[0]))
+        return [times(given[0], given[1:], kind)]
 
-    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: routine)
+    return routine
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 8, 11])
+def test_tokens_go_alone_or_eight_together(place, monkeypatch, count):
+    sizes: list[int] = []
+    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: eager("Q5_K", sizes))
     ours = LaneLinear(part("Q5_K", bias=True), "Q5_K")
     found, few = ours(tokens(count)[:, None]), sizes.copy()
     theirs = part("Q5_K", bias=True)(tokens(count)[:, None])
     torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
     assert few == ([TOGETHER] * -(-count // TOGETHER) if count >= 4 else [1] * count)
+
+
+def test_experts_are_laid_as_well(place, monkeypatch, tmp_path):
+    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: eager("Q6_K"))
+    mixture: Any = {"expert_count": 4, "expert_used_count": 2, "embedding_length": 256}
+    path = write_model(tmp_path / "m.gguf", type="Q6_K", feed_forward_length=256, **mixture)
+    net: Any = load_net(path)
+    plain = net.blk[0].ffn_down_exps
+    hasten(net)
+    experts, x = net.blk[0].ffn_down_exps, tokens(5, 256)
+    each: list[Any] = experts.each
+    assert isinstance(experts, FastExperts)
+    assert [type(one) for one in each] == [LaneLinear] * 4
+    for expert in range(4):
+        torch.testing.assert_close(experts(x, expert), plain(x, expert), atol=1e-5, rtol=1e-4)
+    assert sum(one.more_bytes for one in each) == copied_bytes(plain)
 
 
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────
