@@ -24,7 +24,7 @@ import click
 
 from refollama import terminal
 from refollama.completion import complete_models
-from refollama.errors import BadRequest, NotFound
+from refollama.errors import BadRequest, NotFound, RefollamaError
 
 if TYPE_CHECKING:
     from refollama.bench import Speed
@@ -99,46 +99,49 @@ def warm(model: str) -> None:
     """Make a model ready to answer sooner on this machine.
 
     MODEL is a name or the path of a .gguf file. Its blocks, and products of its types of weights,
-    are compiled for this processor. That needs a C++ compiler, and one to three minutes; the model
-    then writes up to several times as fast. What is compiled serves all models of the shape, and
-    all weights of the type, from then on. And what is made of its matrices is kept on disk, about
-    as large as the file, so that it is loaded sooner; it is removed when the file is gone. A model
-    that a server has loaded takes both after `refollama stop MODEL`. Answers differ from those
-    before by rounding, where two words are as likely as each other.
+    are compiled for this processor. That needs a C++ compiler, and half a minute for a small model,
+    some minutes for the first large one of a type; it writes up to several times as fast then. What
+    is compiled serves all models of the shape, and all weights of the type. And what is made of its
+    matrices is kept on disk, about as large as the file, so that it is loaded sooner; it is removed
+    when the file is gone. A model that a server has loaded takes both after `refollama stop MODEL`.
+    Answers differ from those before by rounding, where two words are as likely as each other.
     """
     llm = _loaded(model)
-    _compile(model, llm)
-    size = _keep_copies(llm)
-    if size:
-        click.echo(
-            f"{terminal.human_size(size)} that were made of its matrices are kept for the next time"
-        )
+    try:
+        _compile(model, llm)
+    except RefollamaError:
+        _keep_copies(llm)  # these it can have, whatever there is to compile with
+        raise
+    _keep_copies(llm)
 
 
-def _keep_copies(llm: LoadedModel) -> int:
+def _keep_copies(llm: LoadedModel) -> None:
     from refollama.fast.copies import are_kept, keep
 
     if are_kept(llm.net, llm.sources):
-        return 0
+        return
     with terminal.spinner("writing"):
-        return keep(llm.net, llm.sources)
+        size = keep(llm.net, llm.sources)
+    click.echo(
+        f"{terminal.human_size(size)} that were made of its matrices are kept for the next time"
+    )
 
 
 def _compile(model: str, llm: LoadedModel) -> None:
     from refollama.cachekind import CacheKind
-    from refollama.fast import CompiledBlock, lacking
+    from refollama.fast import CompiledBlock, has_routines, lacking
     from refollama.fast import warm as compile_for
     from refollama.fast.routines import folder
 
-    blocks, kinds = llm.net.blk, lacking(llm.net)
-    if all(isinstance(block, CompiledBlock) for block in blocks) and not kinds:
+    blocks = llm.net.blk
+    if all(isinstance(block, CompiledBlock) for block in blocks) and not lacking(llm.net):
         click.echo(f"{model} is ready: all of it was compiled before")
         return
     before = _writes(llm)
     dtype = CacheKind.of(llm.defaults, llm.net).dtype
     with terminal.counter("compiling", "routines") as moved:
         count = compile_for(llm.net, dtype, moved)
-    if not count and not kinds:
+    if not has_routines(llm.net):
         raise BadRequest(
             f"{model} has nothing that can be compiled: adapters, layers on a GPU, and matrices in "
             "F32 take the plain path"

@@ -22,7 +22,14 @@ exactly as on the plain path; and so is everything that is done `with exactly():
 `score` and `embed` do.
 """
 
-from refollama.fast.choice import hasten, lacking, more_bytes, threads_for_writing, warm
+from refollama.fast.choice import (
+    has_routines,
+    hasten,
+    lacking,
+    more_bytes,
+    threads_for_writing,
+    warm,
+)
 from refollama.fast.compiled import CompiledBlock
 from refollama.fast.copies import keep
 from refollama.fast.prepared import exactly, reading
@@ -30,6 +37,7 @@ from refollama.fast.prepared import exactly, reading
 __all__ = [
     "CompiledBlock",
     "exactly",
+    "has_routines",
     "hasten",
     "keep",
     "lacking",

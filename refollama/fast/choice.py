@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from refollama.fast.attention import attend_in_parts
-from refollama.fast.compiled import CACHES, compile_blocks, join, shapes
+from refollama.fast.compiled import CACHES, CompiledBlock, compile_blocks, join, shapes
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
-from refollama.fast.laned import LaneLinear, compile_products, is_there
+from refollama.fast.laned import TOGETHER, LaneLinear, compile_product, is_there
 from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.routines import prune
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Block, Llama
@@ -113,12 +114,12 @@ def available() -> float:
 
 
 def copied_bytes(part: Linear | Experts) -> float:
-    """What `_by_type` will copy: nibbles take 5 bits for each weight, two of them 10."""
+    """What `_by_type` will copy: lanes what they hold, nibbles 5 bits for each weight, or 10."""
     one, *others = matrices(part)
     kind = type_of(one)
     if _fits_lanes(one) and is_there(kind):
-        shapes = form(kind, len(one.weight), columns(one))
-        return (1 + len(others)) * sum(dtype.itemsize * math.prod(size) for dtype, size in shapes)
+        laid = form(kind, len(one.weight), columns(one))
+        return (1 + len(others)) * sum(dtype.itemsize * math.prod(size) for dtype, size in laid)
     bits = 16 if kind in COPIED else 0
     if _fits_nibbles(one, kind):
         bits = 5 if LINES[kind][1] == 4 else 10
@@ -130,42 +131,58 @@ def copied_bytes(part: Linear | Experts) -> float:
 
 def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> int:
     """Compile what this net has no routine for yet: products of its types, and its blocks; and let
-    it have them.
+    it have them.  What other versions have compiled is removed.
 
     dtype: of the cache. told: is called with the routines that are done, and those that there are.
     → the blocks that have routines now
-    Raises: RefollamaError without a compiler, or if it fails; the net is as it was then.
+    Raises: RefollamaError without a compiler, or if it fails; the net computes as it did then.
     """
     before = {name: part for name, part in net.named_modules() if _may_be_laned(part)}
-    kinds = lacking(net)
+    products = [(kind, together) for kind in lacking(net) for together in (1, TOGETHER)]
     for name, part in before.items():
         laned = FastExperts(part, _laned) if isinstance(part, FastExperts) else _laned(part)
         _put(net, name, laned.train(part.training))
     try:
-        total = len(kinds) + len(shapes(net, dtype))
-        for done, kind in enumerate(kinds):
+        total = len(products) + len(shapes(net, dtype))
+        for done, (kind, together) in enumerate(products):
             told(done, total)
-            compile_products(kind)
-        count = compile_blocks(net, dtype, lambda done, _: told(len(kinds) + done, total))
+            compile_product(kind, together)
+        for old in before.values():  # lanes take no more memory than what they stand for
+            for one in _each(old):
+                one.release()
+        count = compile_blocks(net, dtype, lambda done, _: told(len(products) + done, total))
+        for name in before:
+            _make_ready(name, net.get_submodule(name), {})
     except BaseException:
         for name, part in before.items():
             _put(net, name, part)
         raise
-    for name in before:
-        _make_ready(name, net.get_submodule(name), {})
+    prune()
     return count
 
 
 def lacking(net: Llama) -> list[str]:
     """The types of its matrices whose products could be compiled, and are not."""
-    parts = filter(_may_be_laned, net.modules())
-    kinds = {type_of(one) for part in parts for one in matrices(part) if _fits_lanes(one)}
+    parts = [one for part in net.modules() if _may_be_laned(part) for one in _each(part)]
+    kinds = {type_of(one) for one in parts if _fits_lanes(one)}
     return sorted(kind for kind in kinds if not is_there(kind))
 
 
+def has_routines(net: Llama) -> bool:
+    """Does it use anything that was compiled?"""
+    parts = (one for part in net.modules() for one in (part, *_each(part)))
+    return any(isinstance(one, LaneLinear | CompiledBlock) for one in parts)
+
+
+def _each(part: nn.Module) -> list[PreparedLinear]:
+    """It, or each of some experts, if they were prepared."""
+    each = part.each if isinstance(part, FastExperts) else [part]
+    return [one for one in each if isinstance(one, PreparedLinear)]
+
+
 def _may_be_laned(part: nn.Module) -> TypeGuard[PreparedLinear | FastExperts]:
-    kinds = Int4Linear | HalfLinear | FastExperts
-    return isinstance(part, kinds) and any(map(_fits_lanes, matrices(part)))
+    kinds = Int4Linear | HalfLinear
+    return any(isinstance(one, kinds) and _fits_lanes(one) for one in _each(part))
 
 
 def _laned(part: Linear) -> Linear:

@@ -1,7 +1,7 @@
 """Blocks as routines of their own: compiled when somebody asks for it, kept on disk, shared.
 
     refollama warm MODEL ── warm ── BlockStep, for each shape of block ── C++ ──► ~/.cache/refollama
-    any load afterwards ─── join ── blocks of that shape ── that routine, when one token is written
+    any load afterwards ─── join ── blocks of that shape ── that routine, when tokens are written
 
 On a GPU matrices stay as they lie packed, and the routine unpacks each weight where it multiplies
 by it; its launches are recorded (`recorded.py`).
@@ -25,9 +25,9 @@ from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import TOGETHER, LaneLinear, filled, together_for
 from refollama.fast.prepared import FEW, Made, PreparedLinear, may_differ
 from refollama.fast.recorded import Recorded
-from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for, prune
+from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for
 from refollama.fast.slabs import columns, type_of
-from refollama.fast.step import LANES, PACKED, PRODUCTS, BlockStep, Shape
+from refollama.fast.step import IN_LANES, PACKED, PRODUCTS, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
 from refollama.models.layers import Linear
 from refollama.models.llama import Block, Llama, Step
@@ -38,7 +38,7 @@ CACHES = (torch.float16, torch.float32)  # what keys and values may be kept as
 
 
 class CompiledBlock(Block):
-    """A block in place of another, with its parts, and with a routine for single tokens."""
+    """A block in place of another, with its parts, and with routines for one token of each row."""
 
     def __init__(
         self, block: Block, shape: Shape, routines: dict[tuple[torch.dtype, int], Routine]
@@ -167,13 +167,15 @@ def _made_of(part: Linear) -> Made:
 
 
 def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
-    """What its routine depends on; None for a block that has none: experts, adapters, biases, and
-    matrices that are unpacked slab by slab."""
+    """What its routine depends on; None for a block that has none: experts, adapters, biases,
+    matrices that are unpacked slab by slab, and one head alone, whose sums threads would share."""
     if type(block) not in (Block, CompiledBlock):
         return None
     assert isinstance(block, Block)
     parts, config = _products(block), block.config
     if len(parts) < len(PRODUCTS) or any(part.bias is not None for part in parts):
+        return None
+    if block.sizes.n_heads == 1:
         return None
     return Shape(
         tuple((len(part.weight), columns(part)) for part in parts),
@@ -193,7 +195,7 @@ def _kind(part: Linear) -> str:
     if _stays_packed(part):
         return PACKED + type_of(part)
     if isinstance(part, LaneLinear):
-        return LANES + part.kind
+        return IN_LANES + part.kind
     return _name(part.dtype if isinstance(part, HalfLinear) else torch.float32)
 
 
@@ -247,7 +249,7 @@ def compile_blocks(net: Llama, dtype: torch.dtype, told: Told = unheard) -> int:
     """Compile what blocks of this net have no routine yet, and let them have it.
 
     dtype: of the cache. told: is called with the routines that are done, and those that there are.
-    What other versions have left is removed. → the blocks that have routines now
+    → the blocks that have routines now
     Raises: RefollamaError without a compiler, or if it fails.
     """
     there = shapes(net, dtype)
@@ -255,10 +257,8 @@ def compile_blocks(net: Llama, dtype: torch.dtype, told: Told = unheard) -> int:
     for done, (shape, block) in enumerate(there.items()):
         if not path_of(shape).exists():
             given, dynamic = _example(block, shape)
-            compile_to(path_of(shape), BlockStep(shape), given, dynamic)
+            compile_to(path_of(shape), BlockStep(shape), given, dynamic, shape.device)
         told(done + 1, len(there))
-    if there:
-        prune()
     return join(net)
 
 

@@ -92,14 +92,12 @@ def is_there(kind: str) -> bool:
     return kind in CODE and all(loaded(path_of(kind, one)) for one in (1, TOGETHER))
 
 
-def compile_products(kind: str) -> None:
-    """Both routines of a type.  Raises: RefollamaError without a compiler, or if it fails."""
+def compile_product(kind: str, together: int) -> None:
+    """The routine of a type.  Raises: RefollamaError without a compiler, or if it fails."""
     layout = LAYOUTS[TYPE_ID[kind]]
     width = 3 * layout.block.values
     rows = torch.zeros(5 * LANES, 3 * layout.block.nbytes, dtype=torch.uint8)
     any_size = torch.export.Dim.AUTO
-    for together in (1, TOGETHER):
-        given = torch.randn(together, width), *laid(rows, kind)
-        sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
-        dynamic = ({1: any_size}, sizes)
-        compile_to(path_of(kind, together), Product(kind), given, dynamic)
+    given = torch.randn(together, width), *laid(rows, kind)
+    sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
+    compile_to(path_of(kind, together), Product(kind), given, ({1: any_size}, sizes))

@@ -177,16 +177,16 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
     for token in x.view(-1, 1, *size[1:4], CODES, 1).unbind(0):
         # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
         start = (token * -code.middle).sum(-2).expand(size)
-        numbers = token.expand(*size[:4], CODES, LANES).unbind(-2)
+        columns = token.expand(*size[:4], CODES, LANES).unbind(-2)
         sums = [start, torch.zeros_like(start)]
-        for k, (number, one) in enumerate(zip(numbers, q, strict=True)):
+        for k, (number, one) in enumerate(zip(columns, q, strict=True)):
             sums[k % CHAINS] = _fma(number, one, sums[k % CHAINS])
         found.append((step * (sums[0] + sums[1])).sum((1, 2, 3)).flatten())
     y = torch.stack(found)
     if code.m is not None:
-        *_, low = small if code.least is None else [small[-2].float() * small[-1]]
+        low = small[-1].float() if code.least is None else small[-2].float() * small[-1]
         groups = x.view(-1, 1, *size[1:3], code.group, 1).sum(-2)
-        y = y - (low.float() * groups).sum((2, 3)).flatten(1)
+        y = y - (low * groups).sum((2, 3)).flatten(1)
     return y
 
 
@@ -205,8 +205,8 @@ def _codes(planes: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
     found: list[Tensor] = []
     base = 0
     for plane, w in zip(planes, bits, strict=True):
-        bytes = [byte.int() for byte in plane.unbind(3)]
-        some = [_cut(one, at, w, base) for at in range(0, 8, w) for one in bytes]
+        whole = [byte.int() for byte in plane.unbind(3)]
+        some = [_cut(one, at, w, base) for at in range(0, 8, w) for one in whole]
         found = [one | other for one, other in zip(found, some, strict=True)] if found else some
         base += w
     return [q.float() for q in found]

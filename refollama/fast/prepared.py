@@ -105,6 +105,10 @@ class PreparedLinear(Linear):
         self._prepared = self.weight, age, made
         return made
 
+    def release(self) -> None:
+        """Let go of them; whoever wants them next makes them anew."""
+        self._prepared = None
+
     def _age(self) -> int:
         return 0 if self.weight.is_inference() else self.weight._version
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from refollama.errors import RefollamaError
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
-WRITTEN = ("step.py", "lanes.py")  # what routines are made of
+WRITTEN = ("step.py", "lanes.py", "laned.py", "compiled.py", "routines.py")  # what makes them
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # A product that is written code by code is one loop: nothing of it goes to memory in between.
@@ -34,6 +34,8 @@ AS_ONE = dict.fromkeys(
 )
 
 log = logging.getLogger(__name__)
+_known: dict[Path, Routine] = {}
+_refused: set[tuple[Path, int]] = set()  # and when they were written
 
 
 def cache_folder(kind: str) -> Path:
@@ -76,11 +78,32 @@ def _digest(told: object) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@cache
 def loaded(path: Path, device: str = "cpu") -> Routine | None:
-    """The routine of a file; None if there is none that may be trusted and works."""
-    if not path.exists():
+    """The routine of a file; None if there is none that may be trusted and works.
+
+    It stays, though its file may go; and what is not there now may be there later.
+    """
+    if path in _known:
+        return _known[path]
+    try:
+        file = path, path.stat().st_mtime_ns
+    except OSError:
         return None
+    routine = None if file in _refused else _opened(path, device)
+    if routine is None:
+        _refused.add(file)
+    else:
+        _known[path] = routine
+    return routine
+
+
+def forget() -> None:
+    """Look at files anew from now on."""
+    _known.clear()
+    _refused.clear()
+
+
+def _opened(path: Path, device: str) -> Routine | None:
     if not is_ours(path):
         log.warning("%s is left alone: others than its user may write it", path)
         return None
@@ -105,7 +128,11 @@ def prune() -> None:
 
 
 def compile_to(
-    path: Path, made: nn.Module, given: tuple[object, ...], dynamic: tuple[object, ...]
+    path: Path,
+    made: nn.Module,
+    given: tuple[object, ...],
+    dynamic: tuple[object, ...],
+    device: str = "cpu",
 ) -> None:
     """Compile what takes such arguments; the file appears whole, or not at all.
 
@@ -119,7 +146,7 @@ def compile_to(
             package = torch._inductor.aoti_compile_and_package(
                 torch.export.export(made, given, dynamic_shapes=dynamic),
                 package_path=str(Path(scratch) / "routine.pt2"),
-                inductor_configs={"cpp.dynamic_threads": True, **AS_ONE},
+                inductor_configs={"cpp.dynamic_threads": True, **AS_ONE} if device == "cpu" else {},
             )
         except Exception as problem:  # a compiler says much; the log has all of it
             log.debug("compiling failed", exc_info=True)
@@ -127,7 +154,7 @@ def compile_to(
             raise RefollamaError(f"a routine could not be compiled: {last}") from problem
         os.chmod(package, 0o600)
         os.replace(package, path)
-    loaded.cache_clear()
+    forget()
 
 
 def _check_compiler() -> None:

@@ -25,7 +25,8 @@ from refollama.weights.quants import LAYOUTS
 
 PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # Kinds of products; the others are the types of numbers of matrices that are not packed.
-LANES, PACKED = "lanes ", "packed "  # and the type of the rows
+IN_LANES, PACKED = "lanes ", "packed "  # and the type of the rows
+PIECES = 64  # that a token is squared and summed in
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,31 @@ class BlockStep(nn.Module):
         return x + self._times(functional.silu(gate) * up, products, 6)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps) * weight
+        # One long sum alone would be shared out among threads, and be added up in another order
+        # than beside others. So it goes in pieces, a power of two, and these by halves.
+        pieces = x.square().view(len(x), math.gcd(x.shape[-1], PIECES), -1).sum(-1)
+        while pieces.shape[1] > 1:
+            low, high = pieces.chunk(2, 1)
+            pieces = low + high
+        mean = _once(pieces) / x.shape[-1]
+        return x * torch.rsqrt(mean + self.shape.eps) * weight
 
     def _times(self, x: Tensor, products: Sequence[Made], which: int) -> Tensor:
         """(B, in) → (B, out)"""
         made, kind = products[which], self.shape.kinds[which]
-        # A compiler would else compute these numbers anew for each row of the matrix.
-        x = x.contiguous().as_strided(x.shape, (x.shape[1], 1))
+        x = _once(x)
         if kind.startswith(PACKED):
             # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
             return (x[:, None] * matrix).sum(-1)
-        if kind.startswith(LANES):
-            return times(x, made, kind.removeprefix(LANES))
+        if kind.startswith(IN_LANES):
+            return times(x, made, kind.removeprefix(IN_LANES))
         return _rows_times(x, made[0])
+
+
+def _once(x: Tensor) -> Tensor:
+    """x (B, n), which a compiler would else compute anew for each number that is made of it."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:

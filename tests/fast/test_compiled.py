@@ -15,9 +15,10 @@ from refollama.cli import cli
 from refollama.fast import CompiledBlock, exactly, hasten, warm
 from refollama.fast.compiled import join, path_of, shape_of
 from refollama.fast.recorded import MOST, Recorded
-from refollama.fast.routines import folder, loaded, maker
+from refollama.fast.routines import folder, forget, maker
 from refollama.fast.step import BlockStep
 from refollama.models.layers import Linear
+from refollama.models.llama import Step
 from refollama.models.load import load_net
 from refollama.options import Options
 from tests.exactness import same
@@ -65,12 +66,11 @@ def made(request, tmp_path_factory):
         net = net_of(path)
         assert not any(isinstance(block, CompiledBlock) for block in net.blk)
         assert warm(net, told=lambda *done: told.append(done)) == len(net.blk)
-        products = 1 if request.param == "lanes" else 0
-        total = products + 2  # blocks for one token, and for eight
+        total = 4 if request.param == "lanes" else 2  # for one token, and for eight
         assert told[0] == (0, total)
         assert told[-1] == (total, total)
         assert sorted(told) == told
-        assert [one.suffix for one in folder().iterdir()] == [".pt2"] * (2 * products + 2)
+        assert [one.suffix for one in folder().iterdir()] == [".pt2"] * total
     return request.param, place, path
 
 
@@ -142,6 +142,27 @@ def test_side_by_side_they_compute_what_each_would_alone(warmed):
     for row in (0, 7, 19):
         alone = written(net, [id + row for id in ids])
         assert same(together[:, row], alone[:, 0])
+
+
+@compiler
+@slow
+def test_threads_share_out_rows_and_no_sum(warmed):
+    """A routine gives the same with however many: none of its sums is cut for them."""
+    net = net_of(warmed)
+    x, calls, found = torch.randn(9, 1, net.config.d_model), counted(net), []
+    before = torch.get_num_threads()
+    try:
+        for threads, rows in ((1, 1), (2, 1), (1, 9), (2, 9)):
+            torch.set_num_threads(threads)
+            cache = net.new_cache(rows, torch.float16).rows(list(range(rows)), 1)
+            step = Step(net.rope, torch.zeros(rows, 1, dtype=torch.long), cache, net.config.window)
+            with torch.no_grad():
+                found.append(net.blk[0](x[:rows], step))
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 2 + 2 * 2
+    assert all(torch.equal(one[0], found[0][0]) for one in found)
+    assert torch.equal(found[2], found[3])
 
 
 @compiler
@@ -221,12 +242,14 @@ def test_gradients_pass_and_another_cache_has_no_routine(warmed):
 
 @compiler
 @slow
-def test_what_is_too_large_for_16_bits_goes_the_long_way(warmed):
+def test_what_is_too_large_for_16_bits_is_not_for_a_routine(warmed):
     net = net_of(warmed)
+    calls = counted(net)
     for block in net.blk:
         block.ffn_norm.weight.mul_(1e4)
     ids = some_tokens(3).tolist()
     ours, theirs = written(net, ids), written(as_it_was(net), ids)
+    assert calls
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
 
@@ -266,10 +289,25 @@ def test_a_file_that_is_no_routine_is_told_of_and_left_alone(cold, caplog, size)
     folder().mkdir(parents=True)
     kept.write_bytes(os.urandom(size))
     kept.chmod(0o600)
-    loaded.cache_clear()
+    forget()
     assert join(net) == 0
     assert "no routine" in caplog.text
     assert kept.exists()
+
+
+def test_what_is_compiled_later_is_found_by_who_has_looked_before(monkeypatch, tmp_path):
+    """As when `refollama warm` runs beside a server."""
+    from refollama.fast import routines
+
+    monkeypatch.setattr(routines, "_opened", lambda path, device: lambda given: given)
+    path = tmp_path / "later.pt2"
+    assert routines.loaded(path) is None
+    path.write_bytes(b"")
+    assert (found := routines.loaded(path)) is not None
+    path.unlink()
+    assert routines.loaded(path) is found
+    forget()
+    assert routines.loaded(path) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="knows owners of files")
@@ -279,7 +317,7 @@ def test_a_file_that_others_may_write_is_not_run(cold, caplog):
     folder().mkdir(parents=True)
     kept.write_bytes(b"PK")
     kept.chmod(0o666)
-    loaded.cache_clear()
+    forget()
     assert join(net) == 0
     assert "others than its user" in caplog.text
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from refollama.fast import exactly, hasten, lacking, warm
+from refollama.fast import exactly, has_routines, hasten, lacking, warm
 from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
-from refollama.fast.laned import TOGETHER, LaneLinear, compile_products, is_there, path_of
+from refollama.fast.laned import TOGETHER, LaneLinear, is_there, path_of
 from refollama.fast.lanes import CODE, LANES, fits, form, laid, times
 from refollama.fast.nibbles import Int4Linear
-from refollama.fast.routines import loaded
+from refollama.fast.routines import forget
 from refollama.fast.slabs import by_slabs
 from refollama.models.load import load_net
 from refollama.weights.blocks import TYPE_ID
@@ -128,13 +128,13 @@ def test_without_routines_nothing_is_laid(place):
 
 
 def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
-    def fail(kind):
+    def fail(kind, together):
         assert isinstance(net.Q4_0, LaneLinear)
         raise KeyboardInterrupt
 
     net = net_of("Q4_0", "Q6_K")
     before = list(net.children())
-    monkeypatch.setattr("refollama.fast.choice.compile_products", fail)
+    monkeypatch.setattr("refollama.fast.choice.compile_product", fail)
     with pytest.raises(KeyboardInterrupt):
         warm(net)
     assert list(net.children()) == before
@@ -179,6 +179,18 @@ def test_experts_are_laid_as_well(place, monkeypatch, tmp_path):
     assert sum(one.more_bytes for one in each) == copied_bytes(plain)
 
 
+def test_a_small_mixture_stays_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = write_model(tmp_path / "m.gguf", type="Q8_0", expert_count=4, expert_used_count=2)
+    net: Any = load_net(path)
+    hasten(net)
+    before = list(net.modules())
+    assert lacking(net) == []
+    assert warm(net) == 0
+    assert list(net.modules()) == before
+    assert not has_routines(net)
+
+
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,9 +201,11 @@ def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(p
     kind = "Q4_0"
     net = net_of(kind, "F16")
     assert isinstance(net.Q4_0, Int4Linear)
-    compile_products(kind)
     told: list[tuple[int, int]] = []
     assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert has_routines(net)
+    assert not lacking(net)
     assert isinstance(net.Q4_0, LaneLinear)
     assert type(net.F16) is HalfLinear
     for rows, columns in ((ROWS, 512), (LANES, 32), (2 * LANES, 2048)):
@@ -205,13 +219,13 @@ def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(p
             assert torch.equal(ours(x[:count]), together[:count])
             assert torch.equal(ours(x[-count:]), together[-count:])
         with exactly():
-            assert torch.equal(ours(x), type(ours)(plain, kind)(x))
-    measured("fast parts", f"{kind}, warm", "plain path", off, 20)
+            assert torch.equal(ours(x), by_slabs(plain, x))
+        measured("fast parts", f"{kind}, warm", "plain path", off, 20)
     x = tokens(1).requires_grad_()
     net.Q4_0(x).sum().backward()  # goes the long way
     assert x.grad is not None
     net.Q4_0.weight[0] = 0
     assert net.Q4_0(tokens(1))[0, 0] == 0
     path_of(kind, 1).unlink()
-    loaded.cache_clear()
+    forget()
     assert torch.equal(net.Q4_0(tokens(1)), by_slabs(net.Q4_0, tokens(1)))
