@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--types", nargs="+", default=["Q4_0", "Q4_K_M", "Q8_0", "F16"], choices=list(MIXES)
     )
     parser.add_argument("--plain", action="store_true", help="the plain path as well: slow")
-    parser.add_argument("--warm", action="store_true", help="ours with compiled blocks")
+    parser.add_argument("--warm", action="store_true", help="ours as `refollama warm` has it")
     parser.add_argument(
         "--prompt-bits", type=int, default=32, choices=[8, 16, 32], help="ours, when it reads"
     )

@@ -103,8 +103,9 @@ SECTIONS = {
         "tokens",
         "What replaces the matrices of large nets (`refollama/fast/`): a product, relative to that "
         "of the plain path, and what that does to the next token's distribution: the mean "
-        "Kullback-Leibler divergence in nats; with *warm*: as `refollama warm` compiles it. Small "
-        "nets and types that are not named here are not rounded at all.",
+        "Kullback-Leibler divergence in nats; with *warm*: as it is written for `refollama warm`, "
+        "Q4_0 as it is compiled, too. Small nets and types that are not named here are not rounded "
+        "at all.",
     ),
     "context shift": Section(
         "Context shift",

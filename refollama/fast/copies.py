@@ -3,7 +3,7 @@
     refollama warm MODEL ── keep ──► ~/.cache/refollama/copies
     any load afterwards ─── kept ──► the same tensors, mapped: nothing is made, processes share them
 
-To lay a thousand million weights as nibbles takes seconds, and memory of each process for itself.
+To lay a thousand million weights in lanes takes seconds, and memory of each process for itself.
 Copies belong to a file as it is: one that was changed or removed loses them with the next load.
 """
 

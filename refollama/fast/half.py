@@ -1,9 +1,10 @@
 """16 bits: matrices that torch multiplies as they are, float16 and bfloat16.
 
 A file's F16 and BF16 are taken as they lie in it. Whatever is packed and no matter for `nibbles`
-(Q2_K, Q3_K and Q6_K, whose groups of 16 are too short for them, IQ*, TQ*) is copied: its values
-rounded to float16, by one in 2048 at most where they are larger than 6e-5, and by 3e-8 below.
-Floats of 4 bits lie too far apart for float16; bfloat16 holds them exactly.
+(IQ*; before `refollama warm` TQ*, and Q2_K, Q3_K and Q6_K as well, whose groups of 16 are too short
+for them) is copied: its values rounded to float16, by one in 2048 at most where they are larger
+than 6e-5, and by 3e-8 below. Floats of 4 bits lie too far apart for float16; bfloat16 holds them
+exactly.
 """
 
 from __future__ import annotations
