@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 
 import torch
@@ -98,9 +98,15 @@ def fits(kind: str, rows: int) -> bool:
 
 def form(kind: str, rows: int, width: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """Types and shapes of what `laid` makes."""
+    return [(dtype, (rows // LANES, *shape)) for dtype, shape in _form_of_a_tile(kind, width)]
+
+
+@cache
+def _form_of_a_tile(kind: str, width: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Of sixteen rows, tried once: a load asks for that of each matrix several times."""
     block = BLOCKS[TYPE_ID[kind]]
     some = torch.zeros(LANES, width // block.values * block.nbytes, dtype=torch.uint8)
-    return [(one.dtype, (rows // LANES, *one.shape[1:])) for one in laid(some, kind)]
+    return [(one.dtype, tuple(one.shape[1:])) for one in laid(some, kind)]
 
 
 def laid(weight: Tensor, kind: str) -> list[Tensor]:
