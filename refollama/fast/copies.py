@@ -30,6 +30,7 @@ from refollama.fast.nibbles import Int4Linear
 from refollama.fast.prepared import PreparedLinear
 from refollama.fast.routines import cache_folder, is_ours
 from refollama.models.llama import Llama
+from refollama.weights.pages import copy_on_write
 from refollama.weights.safetensors import Array, Made, encoded, open_safetensors
 from refollama.weights.whole import write_whole
 
@@ -126,13 +127,14 @@ def kept(sources: Sequence[Path]) -> dict[str, list[Tensor]]:
 
 def _mapped(path: Path) -> dict[str, list[Tensor]]:
     stored = open_safetensors(path)
-    whole = np.memmap(path, mode="c")  # as weights are: what is written into it stays ours
+    with path.open("rb") as file:
+        whole = torch.frombuffer(copy_on_write(file), dtype=torch.uint8)
     types = {name: dtype for dtype, name in DTYPES.items()}
     found: dict[str, list[Tensor]] = {}
     for name, one in stored.items():
         part, _, _ = name.rpartition("/")
         if part and one.dtype in types:
-            data = torch.from_numpy(whole[one.offset : one.offset + one.nbytes])
+            data = whole[one.offset : one.offset + one.nbytes]
             found.setdefault(part, []).append(data.view(types[one.dtype]).view(one.shape))
     return found
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, in_parts, may_round
+from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, in_parts, may_round, room
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import BLOCKS
@@ -38,7 +38,7 @@ class HalfLinear(PreparedLinear):
         if self.kind in NATIVE:
             return (self.weight.view(self.dtype),)
         width = columns(self)
-        matrix = self.weight.new_empty(len(self.weight), width, dtype=self.dtype)
+        (matrix,) = room(self.form())
         rows = max(1, SLAB // width)
         slabs = (torch.split(one, rows) for one in (self.weight, matrix))
         for some, place in zip(*slabs, strict=True):

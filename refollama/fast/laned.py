@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refollama.fast.lanes import CODE, LANES, form, laid, times
-from refollama.fast.prepared import Made, PreparedLinear, may_round
+from refollama.fast.prepared import Made, PreparedLinear, may_round, room
 from refollama.fast.routines import compile_to, loaded, path_for
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
@@ -35,7 +35,8 @@ class LaneLinear(PreparedLinear):
         """As in `lanes.laid`."""
         rows = max(1, SLAB // columns(self) // LANES) * LANES
         slabs = [laid(some, self.kind) for some in torch.split(self.weight, rows)]
-        return [torch.cat(parts) for parts in zip(*slabs, strict=True)]
+        places = zip(zip(*slabs, strict=True), room(self.form()), strict=True)
+        return [torch.cat(parts, out=place) for parts, place in places]
 
     def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         return form(self.kind, len(self.weight), columns(self))

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round
+from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round, room
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
@@ -73,7 +73,8 @@ class Int4Linear(PreparedLinear):
         width = columns(self)
         rows = max(1, SLAB // width // ROWS) * ROWS
         slabs = [_nibbles(some, self.kind) for some in torch.split(self.weight, rows)]
-        return [torch.cat(parts, dim % 2) for dim, parts in enumerate(zip(*slabs, strict=True))]
+        places = enumerate(zip(zip(*slabs, strict=True), room(self.form()), strict=True))
+        return [torch.cat(parts, dim % 2, out=place) for dim, (parts, place) in places]
 
     def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         rows, width = len(self.weight), columns(self)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from refollama.models.layers import Linear
+from refollama.weights.pages import LARGE, fresh
 
 Made = Sequence[Tensor]
+LINE = 64  # bytes that a processor reads at a time
 FEW = 16  # tokens; of more, unpacking is a small part of the work, and nothing need be rounded
 WRITTEN, EXACT = 0, 32
 _bits: ContextVar[int] = ContextVar("bits", default=WRITTEN)
@@ -62,6 +66,20 @@ def in_parts(x: Tensor, width: int, times: Callable[[Tensor], Tensor]) -> Tensor
     flat = x.reshape(-1, x.shape[-1])
     parts = [times(some) for some in torch.split(flat, FEW)]
     return torch.cat(parts).view(*x.shape[:-1], width)
+
+
+def room(form: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """Tensors of these types and shapes, side by side in large pages if they fill one."""
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in form]
+    ends = [*accumulate(-(-size // LINE) * LINE for size in sizes)]
+    if ends[-1] < LARGE:
+        whole = torch.empty(ends[-1], dtype=torch.uint8)
+    else:
+        whole = torch.frombuffer(fresh(ends[-1]), dtype=torch.uint8)
+    return [
+        whole[end - size - -size % LINE :][:size].view(dtype).view(shape)
+        for end, size, (dtype, shape) in zip(ends, sizes, form, strict=True)
+    ]
 
 
 class PreparedLinear(Linear):

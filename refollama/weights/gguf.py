@@ -20,20 +20,20 @@ import mmap
 import os
 import stat
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from refollama.errors import FormatError, NotFound, StoreError
 from refollama.weights.blocks import BLOCKS, nbytes
+from refollama.weights.pages import copy_on_write
 from refollama.weights.whole import write_whole
 
 Bytes = npt.NDArray[np.uint8]
@@ -267,22 +267,11 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise FormatError(f"{path.name}: magic at byte 0: the file is empty")
-            return _private(file)
+            return copy_on_write(file)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
         raise NotFound(f"{path.name}: no such file") from None
     except OSError as problem:
         raise StoreError(f"{path.name}: {problem.strerror}") from problem
-
-
-def _private(file: BinaryIO) -> mmap.mmap:
-    """Copy-on-write, because torch warns at every tensor made from memory that it may not write."""
-    if sys.platform != "linux":
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    # Linux counts a writable private map as memory that may be needed, and refuses a file larger
-    # than RAM. Nobody writes here, so nothing need be reserved. Python named the flag late.
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=access)
 
 
 class _Cursor:
