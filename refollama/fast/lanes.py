@@ -16,10 +16,10 @@ however many other tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 
 LANES = 16  # rows: one vector of float32 where vectors have 512 bits, two of 256
-CODES = 8  # columns that are unpacked and multiplied at a time; of 1 bit they fill a byte
+WORD = 32  # bits
+AT_ONCE = 8  # codes that are multiplied at a time, or more: until they fill words
 CHAINS = 2  # sums that are added to in turn: a processor need not wait for the one before
 
 Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups) of 8 bits
@@ -42,7 +43,7 @@ class Code:
     What its bytes mean stands in `weights/quants.py` and `codebooks.py`.
     """
 
-    bits: tuple[int, ...]  # of q, in each plane, lowest first; 8: int8
+    bits: int  # of q
     group: int  # values that share s and least
     middle: int
     d: int  # the byte where it begins, a float16
@@ -69,23 +70,77 @@ def _k_minima(block: Tensor) -> Tensor:
 
 
 CODE: Mapping[str, Code] = {
-    "Q4_0": Code((4,), 32, 8, d=0),
-    "Q4_1": Code((4,), 32, 0, d=0, m=2),
-    "Q5_0": Code((4, 1), 32, 16, d=0),
-    "Q5_1": Code((4, 1), 32, 0, d=0, m=2),
-    "Q8_0": Code((8,), 32, 0, d=0),
+    "Q4_0": Code(4, 32, 8, d=0),
+    "Q4_1": Code(4, 32, 0, d=0, m=2),
+    "Q5_0": Code(5, 32, 16, d=0),
+    "Q5_1": Code(5, 32, 0, d=0, m=2),
+    "Q8_0": Code(8, 32, 128, d=0),
     "Q2_K": Code(
-        (2,), 16, 0, 80, lambda block: block[:, :16] & 15, 82, lambda block: block[:, :16] >> 4
+        2, 16, 0, 80, lambda block: block[:, :16] & 15, 82, lambda block: block[:, :16] >> 4
     ),
-    "Q3_K": Code((2, 1), 16, 4, 108, _six_bits_signed),
-    "Q4_K": Code((4,), 32, 0, 0, _k_scales, 2, _k_minima),
-    "Q5_K": Code((4, 1), 32, 0, 0, _k_scales, 2, _k_minima),
-    "Q6_K": Code((4, 2), 16, 32, 208, lambda block: block[:, 192:208].view(torch.int8)),
-    "TQ1_0": Code((2,), 32, 1, d=52),
-    "TQ2_0": Code((2,), 32, 1, d=64),
-    "IQ4_NL": Code((8,), 32, 0, d=0),
-    "IQ4_XS": Code((8,), 32, 0, 0, _iq4_scales),
+    # Of its 3 bits sixteen codes would fill no words; a fourth costs no time.
+    "Q3_K": Code(4, 16, 4, 108, _six_bits_signed),
+    "Q4_K": Code(4, 32, 0, 0, _k_scales, 2, _k_minima),
+    "Q5_K": Code(5, 32, 0, 0, _k_scales, 2, _k_minima),
+    "Q6_K": Code(6, 16, 32, 208, lambda block: block[:, 192:208].view(torch.int8)),
+    "TQ1_0": Code(2, 32, 1, d=52),
+    "TQ2_0": Code(2, 32, 1, d=64),
+    "IQ4_NL": Code(8, 32, 128, d=0),
+    "IQ4_XS": Code(8, 32, 128, 0, _iq4_scales),
 }
+
+
+# ── where codes lie ───────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some bits of a code, those from `base` on, and where they are: from `shift` on in a word."""
+
+    column: int  # of the run: which code
+    base: int
+    width: int
+    word: int  # of the run
+    shift: int
+
+    @property
+    def mask(self) -> int:
+        """Of its bits, where they begin at 0."""
+        return (1 << self.width) - 1
+
+    @property
+    def has_sign(self) -> bool:
+        """Does it end with the bit that makes a word negative?"""
+        return self.shift + self.width == WORD
+
+
+def run_of(bits: int) -> int:
+    """How many codes are multiplied at a time: they fill some words."""
+    return max(AT_ONCE, WORD // math.gcd(WORD, bits))
+
+
+@cache
+def fields_of(bits: int) -> list[Field]:
+    """Of a run of codes. As many as find room fill each word from its lowest bit on; bits that are
+    left, two of a word where codes have 5 or 6, hold the last codes of the run in pieces.
+
+        4 bits   │ 7 │ 6 │ 5 │ 4 │ 3 │ 2 │ 1 │ 0 │
+        6 bits   │15│  4  │  3  │  2  │  1  │  0  │   and two more words alike
+    """
+    run, whole = run_of(bits), WORD // bits
+    words, left = run * bits // WORD, WORD - whole * bits
+    found = [
+        Field(word * whole + at, 0, bits, word, at * bits)
+        for word in range(words)
+        for at in range(whole)
+    ]
+    at = 0  # of all bits that are left, one word's after the other's
+    while at < left * words:
+        (word, shift), (column, base) = divmod(at, left), divmod(at, bits)
+        width = min(left - shift, bits - base)
+        found.append(Field(words * whole + column, base, width, word, WORD - left + shift))
+        at += width
+    return found
 
 
 # ── laying ────────────────────────────────────────────────────────────────────────────────────
@@ -111,7 +166,7 @@ def _form_of_a_tile(kind: str, width: int) -> list[tuple[torch.dtype, tuple[int,
 
 def laid(weight: Tensor, kind: str) -> list[Tensor]:
     """Packed rows, a multiple of 16, in lanes.  (r, row_bytes) uint8 →
-    planes of codes, as many as the type has: (T, N, group / 8, bits, 16) uint8 or int8;
+    words of codes: (T, N, group · bits / 32, 16) int32;
     d (T, B, 1, 16) float16; s (T, B, N / B, 16) of 8 bits, if it has one; m and least alike.
     T: rows / 16, N: groups of a row, B: blocks of a row.
     """
@@ -122,15 +177,13 @@ def laid(weight: Tensor, kind: str) -> list[Tensor]:
     if code.m is not None:
         m = numbers(blocks, code.m, code.m + 2, torch.float16)
         m = m if code.least else -m  # what Q4_1 and Q5_1 add, others take away
-    planes = _planes(
-        _in_lanes(_codes_of(blocks, kind, s).view(r, -1, code.group // CODES, CODES)), code.bits
-    )
+    q = _in_lanes(_codes_of(blocks, kind, s).view(r, -1, code.group))
     small = [one for one in (d, s, m, least) if one is not None]
-    return planes + [_in_lanes(one.reshape(r, -1, one.shape[1])) for one in small]
+    return [_words(q, code.bits), *(_in_lanes(one.reshape(r, -1, one.shape[1])) for one in small)]
 
 
 def _codes_of(blocks: Tensor, kind: str, s: Tensor | None) -> Tensor:
-    """Their q: (n, groups, group) uint8 or int8; where s is 0, any will do.
+    """Their q: (n, groups, group) uint8; where s is 0, any will do.
 
     If d is 1 and m is 0, a block unpacks to s · (q − middle), in whole numbers.
     """
@@ -141,7 +194,7 @@ def _codes_of(blocks: Tensor, kind: str, s: Tensor | None) -> Tensor:
     values = LAYOUTS[TYPE_ID[kind]].unpack(blocks).view(len(blocks), -1, code.group)
     if s is not None:
         values = values / s.unsqueeze(-1).float().masked_fill(s.unsqueeze(-1) == 0, 1)
-    return values.add_(code.middle).to(torch.int8 if code.bits == (8,) else torch.uint8)
+    return values.add_(code.middle).to(torch.uint8)
 
 
 def _in_lanes(rows: Tensor) -> Tensor:
@@ -149,19 +202,17 @@ def _in_lanes(rows: Tensor) -> Tensor:
     return rows.view(-1, LANES, *rows.shape[1:]).movedim(1, -1).contiguous()
 
 
-def _planes(q: Tensor, bits: Sequence[int]) -> list[Tensor]:
-    """Eight codes of w bits are w bytes: code c is in byte c mod w, above those before it.
-
-    (T, N, C, 8 codes, 16) → (T, N, C, w, 16) each
-    """
-    if tuple(bits) == (8,):
-        return [q]
-    planes, base = [], 0
-    for w in bits:
-        some = (q >> base & (1 << w) - 1).view(*q.shape[:3], -1, w, LANES).unbind(3)
-        planes.append(reduce(or_, (one << w * place for place, one in enumerate(some))))
-        base += w
-    return planes
+def _words(q: Tensor, bits: int) -> Tensor:
+    """(T, N, group, 16) uint8 → (T, N, group · bits / 32, 16) int32"""
+    run = run_of(bits)
+    runs = q.view(*q.shape[:2], -1, run, LANES)
+    words = q.new_zeros(*runs.shape[:3], run * bits // WORD, LANES, dtype=torch.int32)
+    for one in fields_of(bits):
+        piece = runs[..., one.column, :]
+        if one.width < bits:
+            piece = piece >> one.base & one.mask
+        words[..., one.word, :] |= piece.int() << one.shift  # the highest bit becomes the sign
+    return words.flatten(2, 3)
 
 
 # ── multiplying ───────────────────────────────────────────────────────────────────────────────
@@ -173,17 +224,21 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
     (M, in) float32 → (M, out)
     """
     code = CODE[kind]
-    planes, small = made[: len(code.bits)], made[len(code.bits) :]
+    words, *small = made
     T, B = small[0].shape[:2]
-    size = T, B, BLOCKS[TYPE_ID[kind]].values // code.group, code.group // CODES, LANES
-    q = [one.view(size) for one in _codes(planes, code.bits)]
+    run, places = run_of(code.bits), fields_of(code.bits)
+    size = T, B, BLOCKS[TYPE_ID[kind]].values // code.group, code.group // run, LANES
+    each = words.view(*size[:4], run * code.bits // WORD, LANES).unbind(-2)
+    q = [_cut(each[one.word], one) for one in places]
     outer = small[0].float()
     step = (outer if code.s is None else outer * small[1]).unsqueeze(3)
+    tokens = x.view(-1, 1, *size[1:4], run, 1)
+    numbers = _for_fields(x, code).view(-1, 1, *size[1:4], len(places), 1)
     found = []
-    for token in x.view(-1, 1, *size[1:4], CODES, 1).unbind(0):
+    for token, its in zip(tokens.unbind(0), numbers.unbind(0), strict=True):
         # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
         start = (token * -code.middle).sum(-2).expand(size)
-        columns = token.expand(*size[:4], CODES, LANES).unbind(-2)
+        columns = its.expand(*size[:4], len(places), LANES).unbind(-2)
         sums = [start, torch.zeros_like(start)]
         for k, (number, one) in enumerate(zip(columns, q, strict=True)):
             sums[k % CHAINS] = _fma(number, one, sums[k % CHAINS])
@@ -196,30 +251,35 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
     return y
 
 
+def _cut(word: Tensor, one: Field) -> Tensor:
+    """Its bits as a number, where they lie: times 2 ^ shift. (That with the sign is moved down.)"""
+    if one.has_sign:
+        return (word >> one.shift & one.mask).float()
+    return (word & one.mask << one.shift).float()
+
+
+def _for_fields(x: Tensor, code: Code) -> Tensor:
+    """What each field is multiplied by: its number of the token, times 2 ^ −shift. Powers of two
+    round nothing.  (M, in) → (M, runs · fields)
+    """
+    run, places = run_of(code.bits), fields_of(code.bits)
+    powers = [one.base - (0 if one.has_sign else one.shift) for one in places]
+    runs = code.group // run  # compilers read a long table from memory, a short one case by case
+    columns = [at * run + one.column for at in range(runs) for one in places]
+    x = x.view(len(x), -1, code.group)
+    if len(columns) > code.group:
+        x = x[..., torch.tensor(columns)]
+    return once((x * torch.tensor([2.0**power for power in powers] * runs)).flatten(1))
+
+
+def once(x: Tensor) -> Tensor:
+    """x (M, n), which a compiler would else compute anew for each number that is made of it."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a · b + c, with one rounding."""
     from torch._inductor.inductor_prims import fma  # takes a second, and only compilers come here
 
     found: Tensor = fma(a, b, c)
     return found
-
-
-def _codes(planes: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
-    """The reverse of `_planes`, for each of eight columns: (T, N, C, 16) float32"""
-    if tuple(bits) == (8,):
-        return [q.float() for q in planes[0].unbind(3)]
-    found: list[Tensor] = []
-    base = 0
-    for plane, w in zip(planes, bits, strict=True):
-        whole = [byte.int() for byte in plane.unbind(3)]
-        some = [_cut(one, at, w, base) for at in range(0, 8, w) for one in whole]
-        found = [one | other for one, other in zip(found, some, strict=True)] if found else some
-        base += w
-    return [q.float() for q in found]
-
-
-def _cut(byte: Tensor, at: int, w: int, base: int) -> Tensor:
-    """Bits `at` … `at + w − 1`, moved to `base`: in as few steps as can be."""
-    moved = byte << base - at if base > at else byte >> at - base if at > base else byte
-    alone = base == 0 and at + w == 8
-    return moved if alone else moved & ((1 << w) - 1 << base)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from refollama.fast.lanes import times
+from refollama.fast.lanes import once, times
 from refollama.fast.prepared import Made
 from refollama.models.layers import rotate
 from refollama.weights.blocks import TYPE_ID
@@ -95,13 +95,13 @@ class BlockStep(nn.Module):
         while pieces.shape[1] > 1:
             low, high = pieces.chunk(2, 1)
             pieces = low + high
-        mean = _once(pieces) / x.shape[-1]
+        mean = once(pieces) / x.shape[-1]
         return x * torch.rsqrt(mean + self.shape.eps) * weight
 
     def _times(self, x: Tensor, products: Sequence[Made], which: int) -> Tensor:
         """(B, in) → (B, out)"""
         made, kind = products[which], self.shape.kinds[which]
-        x = _once(x)
+        x = once(x)
         if kind.startswith(PACKED):
             # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
@@ -109,11 +109,6 @@ class BlockStep(nn.Module):
         if kind.startswith(IN_LANES):
             return times(x, made, kind.removeprefix(IN_LANES))
         return _rows_times(x, made[0])
-
-
-def _once(x: Tensor) -> Tensor:
-    """x (B, n), which a compiler would else compute anew for each number that is made of it."""
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
 from refollama.fast.laned import TOGETHER, LaneLinear, is_there, path_of
-from refollama.fast.lanes import CODE, LANES, fits, form, laid, times
+from refollama.fast.lanes import CODE, LANES, fields_of, fits, form, laid, run_of, times
 from refollama.fast.nibbles import Int4Linear
 from refollama.fast.routines import forget
 from refollama.fast.slabs import by_slabs
@@ -33,18 +33,13 @@ def value(made, kind, row, column):
     code, where = CODE[kind], (row // LANES, row % LANES)
     tile, lane = where
     group, inside = divmod(column, code.group)
-    chunk, inside = divmod(inside, 8)
-    q = 0
-    if code.bits == (8,):
-        q = int(made[0][tile, group, chunk, inside, lane])
-    else:
-        base = 0
-        for plane, width in zip(made, code.bits, strict=False):
-            place, byte = divmod(inside, width)
-            bits = int(plane[tile, group, chunk, byte, lane]) >> width * place
-            q |= (bits & (1 << width) - 1) << base
-            base += width
-    small = list(made[len(code.bits) :])
+    run, inside = divmod(inside, run_of(code.bits))
+    first, q = run * run_of(code.bits) * code.bits // 32, 0
+    for one in fields_of(code.bits):
+        if one.column == inside:
+            word = int(made[0][tile, group, first + one.word, lane]) & 0xFFFFFFFF
+            q |= (word >> one.shift & one.mask) << one.base
+    small = list(made[1:])
     block, part = divmod(group, LAYOUTS[TYPE_ID[kind]].block.values // code.group)
     d = np.float32(small.pop(0)[tile, block, 0, lane].item())
     s = np.float32(small.pop(0)[tile, block, part, lane].item() if code.s else 1)
@@ -63,6 +58,16 @@ def test_every_bit_of_a_block_is_kept(kind):
     made, dense = laid(packed, kind), layout.unpack_rows(packed)
     for row, column in np.random.default_rng(0).integers((ROWS, COLUMNS), size=(400, 2)):
         assert value(made, kind, row, column) == dense[row, column].item(), (row, column)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+def test_each_bit_of_a_run_has_a_place_of_its_own(bits):
+    places = fields_of(bits)
+    codes = [(one.column, one.base + bit) for one in places for bit in range(one.width)]
+    words = [(one.word, one.shift + bit) for one in places for bit in range(one.width)]
+    run = run_of(bits)
+    assert sorted(codes) == [(column, bit) for column in range(run) for bit in range(bits)]
+    assert sorted(words) == [(word, bit) for word in range(run * bits // 32) for bit in range(32)]
 
 
 @pytest.mark.parametrize("kind", CODE)
