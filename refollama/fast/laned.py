@@ -1,7 +1,7 @@
-"""A matrix in lanes, in place of another: few tokens go through a compiled product.
+"""A matrix in lanes, in place of another: tokens go through a compiled product.
 
 One routine of a type serves matrices of all sizes; a second one multiplies eight tokens by what it
-unpacks once.
+unpacks once, and prompts are many times eight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refollama.fast.lanes import CODE, LANES, form, laid, times
-from refollama.fast.prepared import Made, PreparedLinear, may_round, room
+from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, is_free, room
 from refollama.fast.routines import compile_to, loaded, path_for
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
@@ -20,11 +20,12 @@ from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 
 TOGETHER = 8  # tokens
+MANY = 512  # tokens that are handed over at a time, in eights: for others memory would be needed
 WORTH_IT = 4  # tokens from which on eight together are sooner than one by one
 
 
 class LaneLinear(PreparedLinear):
-    """`Linear` with a matrix in lanes beside the packed one, for few tokens."""
+    """`Linear` with a matrix in lanes beside the packed one, for tokens that are not rounded."""
 
     def __init__(self, part: Linear, kind: str) -> None:
         super().__init__(part)
@@ -42,16 +43,14 @@ class LaneLinear(PreparedLinear):
         return form(self.kind, len(self.weight), columns(self))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not may_round(x):
-            return by_slabs(self, x)
         rows = x.reshape(-1, x.shape[-1]).float()
         together = together_for(len(rows))
         routine = loaded(self._paths[together])
-        if routine is None or not len(rows):  # somebody has removed it since
+        if routine is None or not len(rows) or not is_free(x) or bits_for(x) != EXACT:
             return by_slabs(self, x)
-        made = self.prepared()
-        some = torch.split(filled(rows, together), together)
-        y = torch.cat([routine([one, *made])[0] for one in some])
+        made, given = self.prepared(), filled(rows, together).view(-1, together, x.shape[-1])
+        some = torch.split(given, MANY // together if together > 1 else 1)
+        y = torch.cat([routine([one, *made])[0].flatten(0, 1) for one in some])
         y = y[: len(rows)].view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -73,7 +72,7 @@ def filled(rows: Tensor, together: int) -> Tensor:
 
 
 class Product(nn.Module):
-    """By a matrix of one type, of any size: this is compiled."""
+    """By a matrix of one type, of any size: this is compiled.  As `lanes.times`."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -99,6 +98,7 @@ def compile_product(kind: str, together: int) -> None:
     width = 3 * layout.block.values
     rows = torch.zeros(5 * LANES, 3 * layout.block.nbytes, dtype=torch.uint8)
     any_size = torch.export.Dim.AUTO
-    given = torch.randn(together, width), *laid(rows, kind)
+    given = torch.randn(3 if together > 1 else 1, together, width), *laid(rows, kind)
     sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
-    compile_to(path_of(kind, together), Product(kind), given, ({1: any_size}, sizes))
+    many = {0: any_size} if together > 1 else {}
+    compile_to(path_of(kind, together), Product(kind), given, ({**many, 2: any_size}, sizes))

@@ -219,36 +219,45 @@ def _words(q: Tensor, bits: int) -> Tensor:
 
 
 def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
-    """Tokens by a matrix that is `laid`; each code is unpacked once for all of them.
+    """Tokens by a matrix that is `laid`; each code is unpacked once for all M that go together.
 
-    (M, in) float32 → (M, out)
+    (G, M, in) float32 → (G, M, out)
     """
     code = CODE[kind]
     words, *small = made
-    T, B = small[0].shape[:2]
+    (G, M), (T, B) = x.shape[:2], small[0].shape[:2]
     run, places = run_of(code.bits), fields_of(code.bits)
-    size = T, B, BLOCKS[TYPE_ID[kind]].values // code.group, code.group // run, LANES
-    each = words.view(*size[:4], run * code.bits // WORD, LANES).unbind(-2)
-    q = [_cut(each[one.word], one) for one in places]
-    outer = small[0].float()
-    step = (outer if code.s is None else outer * small[1]).unsqueeze(3)
-    tokens = x.view(-1, 1, *size[1:4], run, 1)
-    numbers = _for_fields(x, code).view(-1, 1, *size[1:4], len(places), 1)
+    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group, code.group // run
+    size = T, G, *inner, LANES  # sixteen rows are read for all tokens, then the next sixteen
+    each = words.view(T, 1, *inner, run * code.bits // WORD, LANES).unbind(-2)
+    q = [_cut(each[one.word], one).expand(size) for one in places]
+    step, low = _steps(code, small)
+    step = step[:, None, :, :, None]
+    numbers = _for_fields(x, code).view(1, G, M, *inner, len(places), 1)
+    # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
+    starts = (x.view(1, G, M, *inner, run, 1) * -code.middle).sum(-2)
     found = []
-    for token, its in zip(tokens.unbind(0), numbers.unbind(0), strict=True):
-        # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
-        start = (token * -code.middle).sum(-2).expand(size)
-        columns = its.expand(*size[:4], len(places), LANES).unbind(-2)
+    for its, start in zip(numbers.unbind(2), starts.unbind(2), strict=True):
+        start = start.expand(size)
         sums = [start, torch.zeros_like(start)]
+        columns = its.expand(*size[:-1], len(places), LANES).unbind(-2)
         for k, (number, one) in enumerate(zip(columns, q, strict=True)):
             sums[k % CHAINS] = _fma(number, one, sums[k % CHAINS])
-        found.append((step * (sums[0] + sums[1])).sum((1, 2, 3)).flatten())
+        found.append((step * (sums[0] + sums[1])).sum((2, 3, 4)))  # (T, G, 16)
     y = torch.stack(found)
-    if code.m is not None:
-        low = small[-1].float() if code.least is None else small[-2].float() * small[-1]
-        groups = x.view(-1, 1, *size[1:3], code.group, 1).sum(-2)
-        y = y - (low * groups).sum((2, 3)).flatten(1)
-    return y
+    if low is not None:
+        groups = x.view(1, G, M, *inner[:2], code.group, 1).sum(-2).unbind(2)
+        y = y - torch.stack([(low[:, None] * one).sum((2, 3)) for one in groups])
+    return y.permute(2, 0, 1, 3).flatten(2)
+
+
+def _steps(code: Code, small: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a group's codes are multiplied by, and what is taken away: (T, B, S, 16), if anything"""
+    d, *others = (one.float() for one in small)
+    step = d if code.s is None else d * others.pop(0)
+    if code.m is None:
+        return step, None
+    return step, others[0] if code.least is None else others[0] * others[1]
 
 
 def _cut(word: Tensor, one: Field) -> Tensor:
@@ -260,13 +269,13 @@ def _cut(word: Tensor, one: Field) -> Tensor:
 
 def _for_fields(x: Tensor, code: Code) -> Tensor:
     """What each field is multiplied by: its number of the token, times 2 ^ −shift. Powers of two
-    round nothing.  (M, in) → (M, runs · fields)
+    round nothing.  (G, M, in) → (G · M, runs · fields)
     """
     run, places = run_of(code.bits), fields_of(code.bits)
     powers = [one.base - (0 if one.has_sign else one.shift) for one in places]
     runs = code.group // run  # compilers read a long table from memory, a short one case by case
     columns = [at * run + one.column for at in range(runs) for one in places]
-    x = x.view(len(x), -1, code.group)
+    x = x.view(x.shape[0] * x.shape[1], -1, code.group)
     if len(columns) > code.group:
         x = x[..., torch.tensor(columns)]
     return once((x * torch.tensor([2.0**power for power in powers] * runs)).flatten(1))

@@ -40,8 +40,12 @@ def exactly() -> AbstractContextManager[None]:
 
 def bits_for(x: Tensor) -> int:
     """In numbers of how many bits these tokens are multiplied, when they are not `may_differ`."""
-    free = x.device.type == "cpu" and not x.requires_grad
-    return (_bits.get() or EXACT) if free else EXACT
+    return (_bits.get() or EXACT) if is_free(x) else EXACT
+
+
+def is_free(x: Tensor) -> bool:
+    """May it be multiplied by what was made for the CPU, and nobody goes backwards through?"""
+    return x.device.type == "cpu" and not x.requires_grad
 
 
 def may_differ(x: Tensor) -> bool:

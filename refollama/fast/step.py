@@ -107,7 +107,7 @@ class BlockStep(nn.Module):
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
             return (x[:, None] * matrix).sum(-1)
         if kind.startswith(IN_LANES):
-            return times(x, made, kind.removeprefix(IN_LANES))
+            return times(x[None], made, kind.removeprefix(IN_LANES))[0]
         return _rows_times(x, made[0])
 
 

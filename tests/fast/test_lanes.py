@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from refollama.fast import exactly, has_routines, hasten, lacking, warm
+from refollama.fast import has_routines, hasten, lacking, reading, warm
 from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
@@ -83,7 +83,7 @@ def test_types_and_shapes_are_known_before(kind):
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_a_product_is_that_of_the_unpacked_matrix(kind, count, measured):
     plain, x = part(kind, rows=ROWS), tokens(count)
-    ours = times(x, laid(plain.weight, kind), kind)
+    ours = times(x[None], laid(plain.weight, kind), kind)[0]
     theirs = x.double() @ plain.dense().double().T
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     assert off < OFF
@@ -95,7 +95,8 @@ def test_a_matrix_of_zeros_gives_zeros(kind):
     layout = LAYOUTS[TYPE_ID[kind]]
     packed = torch.zeros(LANES, layout.block.nbytes, dtype=torch.uint8)
     made = laid(packed, kind)
-    assert torch.equal(times(tokens(2, layout.block.values), made, kind), torch.zeros(2, LANES))
+    zeros = times(tokens(2, layout.block.values)[None], made, kind)
+    assert torch.equal(zeros, torch.zeros(1, 2, LANES))
 
 
 def test_heights_that_fill_no_vector_and_types_of_tables_are_not_laid():
@@ -151,21 +152,39 @@ def eager(kind, sizes=None):
 
     def routine(given):
         if sizes is not None:
-            sizes.append(len(given[0]))
+            sizes.append(given[0].shape[:2])
         return [times(given[0], given[1:], kind)]
 
     return routine
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 8, 11])
-def test_tokens_go_alone_or_eight_together(place, monkeypatch, count):
-    sizes: list[int] = []
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 8, 11, 600])
+def test_tokens_go_alone_or_in_eights(place, monkeypatch, count):
+    sizes: list[tuple[int, ...]] = []
     monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: eager("Q5_K", sizes))
     ours = LaneLinear(part("Q5_K", bias=True), "Q5_K")
-    found, few = ours(tokens(count)[:, None]), sizes.copy()
+    found, given = ours(tokens(count)[:, None]), sizes.copy()
     theirs = part("Q5_K", bias=True)(tokens(count)[:, None])
     torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
-    assert few == ([TOGETHER] * -(-count // TOGETHER) if count >= 4 else [1] * count)
+    eights = -(-count // TOGETHER)
+    many = [64] * (eights // 64) + [eights % 64] * (eights % 64 > 0)
+    assert given == ([(some, TOGETHER) for some in many] if count >= 4 else [(1, 1)] * count)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 16, 32])
+def test_prompts_go_in_eights_unless_fewer_bits_are_asked_for(place, monkeypatch, bits):
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: eager("Q4_K", sizes))
+    ours, x = LaneLinear(part("Q4_K"), "Q4_K"), tokens(40)[None]
+    with reading(bits):
+        found = ours(x)
+        assert sizes == ([(5, TOGETHER)] if bits in (0, 32) else [])
+        if not sizes:
+            assert torch.equal(found, by_slabs(ours, x))
+    x.requires_grad_()
+    ours(x).sum().backward()  # goes the long way
+    assert x.grad is not None
+    assert len(sizes) == (bits in (0, 32))
 
 
 def test_experts_are_laid_as_well(place, monkeypatch, tmp_path):
@@ -216,16 +235,14 @@ def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(p
     for rows, columns in ((ROWS, 512), (LANES, 32), (2 * LANES, 2048)):
         plain = part(kind, rows=rows, columns=columns)
         ours = LaneLinear(plain, kind)
-        x = tokens(20, columns)[:, None]
+        x = tokens(45, columns)[:, None]
         together, theirs = ours(x), x.double() @ plain.dense().double().T
         off = ((together - theirs).abs().max() / theirs.abs().max()).item()
         assert off < OFF
         for count in (1, 2, 3, 5, 8):
             assert torch.equal(ours(x[:count]), together[:count])
             assert torch.equal(ours(x[-count:]), together[-count:])
-        with exactly():
-            assert torch.equal(ours(x), by_slabs(plain, x))
-        measured("fast parts", f"{kind}, warm", "plain path", off, 20)
+        measured("fast parts", f"{kind}, warm", "plain path", off, 45)
     x = tokens(1).requires_grad_()
     net.Q4_0(x).sum().backward()  # goes the long way
     assert x.grad is not None
