@@ -242,7 +242,7 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
         sums = [start, torch.zeros_like(start)]
         columns = its.expand(*size[:-1], len(places), LANES).unbind(-2)
         for k, (number, one) in enumerate(zip(columns, q, strict=True)):
-            sums[k % CHAINS] = _fma(number, one, sums[k % CHAINS])
+            sums[k % CHAINS] = fma(number, one, sums[k % CHAINS])
         found.append((step * (sums[0] + sums[1])).sum((2, 3, 4)))  # (T, G, 16)
     y = torch.stack(found)
     if low is not None:
@@ -286,9 +286,9 @@ def once(x: Tensor) -> Tensor:
     return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a · b + c, with one rounding."""
-    from torch._inductor.inductor_prims import fma  # takes a second, and only compilers come here
+    from torch._inductor import inductor_prims  # takes a second, and only compilers come here
 
-    found: Tensor = fma(a, b, c)
+    found: Tensor = inductor_prims.fma(a, b, c)
     return found

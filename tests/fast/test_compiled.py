@@ -488,13 +488,11 @@ def test_on_a_gpu_a_block_is_compiled_and_recorded(monkeypatch, tmp_path, type):
 # ── the command ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_without_a_compiler_it_says_what_is_missing(cold, monkeypatch):
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setenv("PATH", "/nowhere")
+def test_without_a_compiler_it_says_what_is_missing(cold):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/c++",))
-    said = CliRunner().invoke(cli, ["warm", str(cold)])
+    with config.patch({"cpp.cxx": ("/nowhere/c++",)}):  # as if CXX said so
+        said = CliRunner().invoke(cli, ["warm", str(cold)])
     assert said.exit_code == 1
     assert "there is no C++ compiler" in said.output
     assert not list(folder().glob("*"))
