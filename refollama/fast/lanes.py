@@ -9,6 +9,10 @@ is kept: codes, the steps of blocks and those of their groups.
 
     y = Σ over blocks, groups   d · s · Σ (q − middle) · x   −   m · least · Σ x
 
+Codes fill words of 32 bits, and stay where they lie in them. A code that begins at bit 12 is 2 ^ 12
+times as large there, so its number of the token is divided by that, once for all rows: to unpack it
+is to mask it, and to make a float of it.
+
 It is written as torch does it, and worth something only compiled (`routines.py`): code by code,
 torch's own passes would take a hundred times as long. Each sum is added in the same order beside
 however many other tokens.
