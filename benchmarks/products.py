@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.first_light import machine
-from refollama.fast.laned import TOGETHER, LaneLinear, compile_product, path_of
+from refollama.fast.laned import TOGETHER, LaneLinear, compile_product, is_there, path_of
 from refollama.fast.lanes import CODE
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
@@ -47,6 +47,8 @@ def row(kind: str, rows: int, columns: int, repeat: int) -> str:
     for together in (1, TOGETHER):
         if not path_of(kind, together).exists():
             compile_product(kind, together)
+    if not is_there(kind):
+        return f"| {kind} | its product could not be loaded | | | | |"
     part, count = matrix(kind, rows, columns), rows * columns
     bits = 8 * sum(one.nbytes for one in part.prepared()) / count
     times = [seconds(part, tokens, repeat) for tokens in (1, TOGETHER, PROMPT)]

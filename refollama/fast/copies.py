@@ -35,7 +35,13 @@ from refollama.weights.safetensors import Array, Made, encoded, open_safetensors
 from refollama.weights.whole import write_whole
 
 SOURCES = "sources"  # the tensor that says, as JSON, of which files the others were made
-DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +140,11 @@ def _mapped(path: Path) -> dict[str, list[Tensor]]:
     for name, one in stored.items():
         part, _, _ = name.rpartition("/")
         if part and one.dtype in types:
+            dtype = types[one.dtype]
+            if one.offset % dtype.itemsize:
+                raise FormatError(f"{path.name}: {name} begins at byte {one.offset}, in a number")
             data = whole[one.offset : one.offset + one.nbytes]
-            found.setdefault(part, []).append(data.view(types[one.dtype]).view(one.shape))
+            found.setdefault(part, []).append(data.view(dtype).view(one.shape))
     return found
 
 

@@ -19,7 +19,7 @@ class FastExperts(Experts):
     """`Experts` in place of others; `make` gives what stands for one matrix.
 
     Tokens come without their rows, so that nobody knows here whether they are of a prompt: outside
-    of `exactly` they are rounded, however many they are.
+    of `exactly` they are rounded, however many they are, by a matrix that rounds tokens.
     """
 
     def __init__(self, part: Experts, make: Make) -> None:

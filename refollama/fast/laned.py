@@ -20,7 +20,7 @@ from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 
 TOGETHER = 8  # tokens
-MANY = 512  # tokens that are handed over at a time, in eights: for others memory would be needed
+MANY = 512  # tokens that are handed over at a time: what is made in between takes memory
 WORTH_IT = 4  # tokens from which on eight together are sooner than one by one
 
 

@@ -47,9 +47,9 @@ class Code:
     What its bytes mean stands in `weights/quants.py` and `codebooks.py`.
     """
 
-    bits: int  # of q
+    bits: int  # of q, which is never negative
     group: int  # values that share s and least
-    middle: int
+    middle: int  # far from small codes (Q8_0) it costs them an eighth of a float's 24 bits
     d: int  # the byte where it begins, a float16
     s: Inner | None = None  # None: 1
     m: int | None = None  # as d; None: 0
@@ -273,7 +273,7 @@ def _cut(word: Tensor, one: Field) -> Tensor:
 
 def _for_fields(x: Tensor, code: Code) -> Tensor:
     """What each field is multiplied by: its number of the token, times 2 ^ −shift. Powers of two
-    round nothing.  (G, M, in) → (G · M, runs · fields)
+    round nothing that is larger than 1e-30.  (G, M, in) → (G · M, runs · fields)
     """
     run, places = run_of(code.bits), fields_of(code.bits)
     powers = [one.base - (0 if one.has_sign else one.shift) for one in places]
@@ -291,7 +291,7 @@ def once(x: Tensor) -> Tensor:
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a · b + c, with one rounding."""
+    """a · b + c; compiled, with one rounding."""
     from torch._inductor import inductor_prims  # takes a second, and only compilers come here
 
     found: Tensor = inductor_prims.fma(a, b, c)

@@ -1,7 +1,8 @@
 """Memory in large pages, where the system has them.
 
 All weights of a model are read for each token. In pages of 4 kB a processor has to look up where
-the next one lies, and begins anew to read ahead; in pages of 2 MB memory gives a fifth more.
+the next one lies, and begins anew to read ahead; in pages of 2 MB memory gives a seventh to a third
+more. Nobody closes what is made here: it goes with the last tensor that lies in it.
 """
 
 from __future__ import annotations

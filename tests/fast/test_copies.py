@@ -14,7 +14,8 @@ from refollama import workshop
 from refollama.cli import cli
 from refollama.errors import RefollamaError
 from refollama.fast import hasten, keep
-from refollama.fast.copies import SOURCES, copied, folder, kept, path_of, prune
+from refollama.fast.copies import SOURCES, are_kept, copied, folder, kept, path_of, prune
+from refollama.fast.lanes import times
 from refollama.fast.prepared import PreparedLinear
 from refollama.models.load import load_net
 from refollama.weights.safetensors import encoded, open_safetensors
@@ -33,9 +34,17 @@ def large(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=SIZES)
-def path(request, tmp_path):
-    return write_model(tmp_path / "m.gguf", type=request.param, **SIZES[request.param])
+@pytest.fixture(params=[*SIZES, "Q4_0 in lanes", "Q6_K in lanes"])
+def path(request, monkeypatch, tmp_path):
+    type, in_lanes, _ = request.param.partition(" in lanes")
+
+    def uncompiled(given):
+        return [times(given[0], given[1:], type)]
+
+    if in_lanes:
+        monkeypatch.setattr("refollama.fast.choice.is_there", lambda kind: kind == type)
+        monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: uncompiled)
+    return write_model(tmp_path / "m.gguf", type=type, **SIZES[type])
 
 
 @pytest.fixture
@@ -72,6 +81,7 @@ def test_what_was_kept_is_mapped_and_no_bit_changes(path, monkeypatch):
     assert torch.equal(all_logits(second, ids), all_logits(first, ids))
     assert not again
     assert copied(first).keys() == copied(second).keys() == kept([path]).keys()
+    assert are_kept(second, [path])
     assert size > sum(part.more_bytes for part in copied(second).values()) > 100_000
 
 
