@@ -15,6 +15,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.first_light import machine
+from refollama.fast import slabs
 from refollama.fast.laned import TOGETHER, LaneLinear, compile_product, is_there, path_of
 from refollama.fast.lanes import CODE
 from refollama.models.layers import Linear
@@ -51,10 +52,8 @@ def row(kind: str, rows: int, columns: int, repeat: int) -> str:
         return f"| {kind} | its product could not be loaded | | | | |"
     part, count = matrix(kind, rows, columns), rows * columns
     bits = 8 * sum(one.nbytes for one in part.prepared()) / count
-    times = [seconds(part, tokens, repeat) for tokens in (1, TOGETHER, PROMPT)]
     one, eight, prompt = (
-        tokens * count / time / 1e9
-        for tokens, time in zip((1, TOGETHER, PROMPT), times, strict=True)
+        tokens * count / seconds(part, tokens, repeat) / 1e9 for tokens in (1, TOGETHER, PROMPT)
     )
     cells = f"{one:.1f} | {one * bits / 8:.1f} | {eight:.1f} | {prompt:.1f}"
     return f"| {kind} | {bits:.2f} | {cells} |"
@@ -73,7 +72,7 @@ def matrix(kind: str, rows: int, columns: int) -> LaneLinear:
 @torch.inference_mode()
 def seconds(part: LaneLinear, tokens: int, repeat: int) -> float:
     """Median of a product by so many tokens; the first is to warm up."""
-    x, found = torch.randn(tokens, part.prepared()[0].shape[1] * CODE[part.kind].group), []
+    x, found = torch.randn(tokens, slabs.columns(part)), []
     for _ in range(repeat + 1):
         start = perf_counter()
         part(x)

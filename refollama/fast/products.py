@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import bits_for
+from refollama.fast.prepared import bits_for, is_free
 from refollama.models.exact import NONE, fewest, linear
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -35,7 +35,7 @@ def product(x: Tensor) -> Product:
         return partial(_in_16_bits, x.bfloat16())
     if bits == 8 and x.numel():
         return partial(_in_8_bits, *as_int8(x.reshape(-1, x.shape[-1])), x.shape[:-1])
-    by_other = x.device.type == "cpu" and not x.requires_grad and by_onednn()
+    by_other = is_free(x) and by_onednn()
     return partial(linear, x, by=onednn if by_other else functional.linear)
 
 

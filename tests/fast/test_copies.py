@@ -15,10 +15,10 @@ from refollama.cli import cli
 from refollama.errors import RefollamaError
 from refollama.fast import hasten, keep
 from refollama.fast.copies import SOURCES, are_kept, copied, folder, kept, path_of, prune
-from refollama.fast.lanes import times
 from refollama.fast.prepared import PreparedLinear
 from refollama.models.load import load_net
 from refollama.weights.safetensors import encoded, open_safetensors
+from tests.fast.test_lanes import eager
 from tests.models.test_llama import all_logits, some_tokens
 from tests.tiny import write_model
 
@@ -37,13 +37,9 @@ def large(monkeypatch, tmp_path):
 @pytest.fixture(params=[*SIZES, "Q4_0 in lanes", "Q6_K in lanes"])
 def path(request, monkeypatch, tmp_path):
     type, in_lanes, _ = request.param.partition(" in lanes")
-
-    def uncompiled(given):
-        return [times(given[0], given[1:], type)]
-
     if in_lanes:
         monkeypatch.setattr("refollama.fast.choice.is_there", lambda kind: kind == type)
-        monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: uncompiled)
+        monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: eager(type))
     return write_model(tmp_path / "m.gguf", type=type, **SIZES[type])
 
 
