@@ -35,9 +35,10 @@ from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 LANES = 16  # rows: one vector of float32 where vectors have 512 bits, two of 256
 WORD = 32  # bits
 AT_ONCE = 8  # codes that are multiplied at a time, or more: until they fill words
+BYTES = 4  # of a word: steps of so many groups
 CHAINS = 2  # sums that are added to in turn: a processor need not wait for the one before
 
-Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups) of 8 bits
+Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups), −128 to 127
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _form_of_a_tile(kind: str, width: int) -> list[tuple[torch.dtype, tuple[int,
 def laid(weight: Tensor, kind: str) -> list[Tensor]:
     """Packed rows, a multiple of 16, in lanes.  (r, row_bytes) uint8 →
     words of codes: (T, N, group · bits / 32, 16) int32;
-    d (T, B, 1, 16) float16; s (T, B, N / B, 16) of 8 bits, if it has one; m and least alike.
-    T: rows / 16, N: groups of a row, B: blocks of a row.
+    d (T, B, 16) float16; s, if it has one, (T, B, N / B / 4, 16) int32, of four groups in a word;
+    m and least alike.  T: rows / 16, N: groups of a row, B: blocks of a row.
     """
     code, r = CODE[kind], len(weight)
     blocks = weight.reshape(-1, LAYOUTS[TYPE_ID[kind]].block.nbytes)
@@ -182,8 +183,9 @@ def laid(weight: Tensor, kind: str) -> list[Tensor]:
         m = numbers(blocks, code.m, code.m + 2, torch.float16)
         m = m if code.least else -m  # what Q4_1 and Q5_1 add, others take away
     q = _in_lanes(_codes_of(blocks, kind, s).view(r, -1, code.group))
-    small = [one for one in (d, s, m, least) if one is not None]
-    return [_words(q, code.bits), *(_in_lanes(one.reshape(r, -1, one.shape[1])) for one in small)]
+    steps = d[:, 0], s, None if m is None else m[:, 0], least
+    small = [_in_lanes(one.reshape(r, -1, *one.shape[1:])) for one in steps if one is not None]
+    return [_words(q, code.bits), *(one if one.dim() == 3 else _four(one) for one in small)]
 
 
 def _codes_of(blocks: Tensor, kind: str, s: Tensor | None) -> Tensor:
@@ -219,6 +221,15 @@ def _words(q: Tensor, bits: int) -> Tensor:
     return words.flatten(2, 3)
 
 
+def _four(small: Tensor) -> Tensor:
+    """(T, B, S, 16) → (T, B, S / 4, 16) int32: the lowest byte is the first of four.
+
+    Vectors of words are loaded as they lie; half-filled vectors of bytes, number by number.
+    """
+    bytes = small.to(torch.int8).view(*small.shape[:2], -1, BYTES, LANES).movedim(3, -1)
+    return bytes.contiguous().view(torch.int32).squeeze(-1)
+
+
 # ── multiplying ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -231,12 +242,13 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
     words, *small = made
     (G, M), (T, B) = x.shape[:2], small[0].shape[:2]
     run, places = run_of(code.bits), fields_of(code.bits)
-    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group, code.group // run
+    steps = BYTES if code.s else 1  # that lie in a word
+    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group // steps, steps, code.group // run
     size = T, G, *inner, LANES  # sixteen rows are read for all tokens, then the next sixteen
     each = words.view(T, 1, *inner, run * code.bits // WORD, LANES).unbind(-2)
     q = [_cut(each[one.word], one).expand(size) for one in places]
     step, low = _steps(code, small)
-    step = step[:, None, :, :, None]
+    step = step[:, None, ..., None, :]
     numbers = _for_fields(x, code).view(1, G, M, *inner, len(places), 1)
     # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
     starts = (x.view(1, G, M, *inner, run, 1) * -code.middle).sum(-2)
@@ -247,21 +259,31 @@ def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
         columns = its.expand(*size[:-1], len(places), LANES).unbind(-2)
         for k, (number, one) in enumerate(zip(columns, q, strict=True)):
             sums[k % CHAINS] = fma(number, one, sums[k % CHAINS])
-        found.append((step * (sums[0] + sums[1])).sum((2, 3, 4)))  # (T, G, 16)
+        found.append((step * (sums[0] + sums[1])).sum((2, 3, 4, 5)))  # (T, G, 16)
     y = torch.stack(found)
     if low is not None:
-        groups = x.view(1, G, M, *inner[:2], code.group, 1).sum(-2).unbind(2)
-        y = y - torch.stack([(low[:, None] * one).sum((2, 3)) for one in groups])
+        groups = x.view(1, G, M, *inner[:3], code.group, 1).sum(-2).unbind(2)
+        y = y - torch.stack([(low[:, None] * one).sum((2, 3, 4)) for one in groups])
     return y.permute(2, 0, 1, 3).flatten(2)
 
 
 def _steps(code: Code, small: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a group's codes are multiplied by, and what is taken away: (T, B, S, 16), if anything"""
-    d, *others = (one.float() for one in small)
-    step = d if code.s is None else d * others.pop(0)
+    """What a group's codes are multiplied by, and what is taken away, if anything:
+    (T, B, words, groups of a word, 16)"""
+    d, *others = small
+    step = d[:, :, None, None].float()
+    if code.s is not None:
+        step = step * _each_byte(others.pop(0))
     if code.m is None:
         return step, None
-    return step, others[0] if code.least is None else others[0] * others[1]
+    low = others[0][:, :, None, None].float()
+    return step, low if code.least is None else low * _each_byte(others[1])
+
+
+def _each_byte(words: Tensor) -> Tensor:
+    """(T, B, W, 16) int32 → (T, B, W, 4, 16) float32"""
+    above = torch.arange(WORD - 8, -1, -8, dtype=torch.int32)[:, None]  # bits above each
+    return (words.unsqueeze(-2) << above >> WORD - 8).float()
 
 
 def _cut(word: Tensor, one: Field) -> Tensor:

@@ -1,7 +1,9 @@
 """Matrices in lanes: every bit of a block is there, products are exact, and alike beside others."""
 
+import re
 import shutil
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -39,12 +41,12 @@ def value(made, kind, row, column):
         if one.column == inside:
             word = int(made[0][tile, group, first + one.word, lane]) & 0xFFFFFFFF
             q |= (word >> one.shift & one.mask) << one.base
-    small = list(made[1:])
+    small = [one[tile, ..., lane].numpy() for one in made[1:]]
     block, part = divmod(group, LAYOUTS[TYPE_ID[kind]].block.values // code.group)
-    d = np.float32(small.pop(0)[tile, block, 0, lane].item())
-    s = np.float32(small.pop(0)[tile, block, part, lane].item() if code.s else 1)
-    m = np.float32(small.pop(0)[tile, block, 0, lane].item() if small else 0)
-    least = np.float32(small.pop(0)[tile, block, part, lane].item() if small else 1)
+    d = np.float32(small.pop(0)[block])
+    s = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[part] if code.s else 1)
+    m = np.float32(small.pop(0)[block] if small else 0)
+    least = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[part] if small else 1)
     assert not small
     return d * s * np.float32(q - code.middle) - m * least
 
@@ -220,6 +222,12 @@ def test_a_small_mixture_stays_as_it_is(monkeypatch, tmp_path):
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────
 
 
+def source(routine):
+    """The C++ that it was compiled from."""
+    with ZipFile(routine) as file:
+        return b"".join(file.read(name) for name in file.namelist() if ".cpp" in name).decode()
+
+
 @compiler
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -245,6 +253,8 @@ def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(p
             assert torch.equal(ours(x[:count]), together[:count])
             assert torch.equal(ours(x[-count:]), together[-count:])
         measured("fast parts", f"{kind}, warm", "plain path", off, 45)
+    assert "loadu(in_ptr" in (written := source(path_of(kind, 1)))
+    assert not re.search(r"int32_t[^;]*::loadu\([^;]*, static_cast<int64_t>\(\d+\)\);", written)
     x = tokens(1).requires_grad_()
     net.Q4_0(x).sum().backward()  # goes the long way
     assert x.grad is not None
