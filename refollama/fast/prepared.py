@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refollama.models.layers import Linear
-from refollama.weights.pages import LARGE, fresh
+from refollama.weights.pages import LARGE, fresh, let_go
 
 Made = Sequence[Tensor]
 LINE = 64  # bytes that a processor reads at a time
@@ -125,7 +125,13 @@ class PreparedLinear(Linear):
         with torch.inference_mode(mode=False), torch.no_grad():
             made = self.prepare()
         self._prepared = self.weight, age, made
+        self.let_go()
         return made
+
+    def let_go(self) -> None:
+        """Of the file's pages that the weight lies in, where there is a copy to answer with."""
+        if self.more_bytes:
+            let_go(self.weight.data_ptr(), self.weight.nbytes)
 
     def release(self) -> None:
         """Let go of them; whoever wants them next makes them anew."""

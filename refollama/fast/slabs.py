@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refollama.fast.prepared import PreparedLinear
 from refollama.fast.products import product
 from refollama.models.layers import Linear
 from refollama.weights.quants import Layout
@@ -21,14 +22,22 @@ SLAB = 1 << 20  # weights: four megabytes of float32
 
 
 def columns(part: Linear) -> int:
-    """How wide its matrix is: what its first row unpacks to."""
-    return part.unpack(part.weight[:1]).shape[-1]
+    """How wide its matrix is."""
+    layout = _layout_of(part)
+    if layout is None:
+        return part.unpack(part.weight[:1]).shape[-1]
+    return part.weight.shape[-1] // layout.block.nbytes * layout.block.values
 
 
 def type_of(part: Linear) -> str:
     """How its matrix is packed, such as "Q4_0"; empty if nobody knows."""
+    layout = _layout_of(part)
+    return layout.name if layout else ""
+
+
+def _layout_of(part: Linear) -> Layout | None:
     layout = getattr(part.unpack, "__self__", None)
-    return layout.name if isinstance(layout, Layout) else ""
+    return layout if isinstance(layout, Layout) else None
 
 
 def by_slabs(part: Linear, x: Tensor) -> Tensor:
@@ -42,6 +51,8 @@ def by_slabs(part: Linear, x: Tensor) -> Tensor:
     biases = [None] * count if part.bias is None else torch.tensor_split(part.bias, count)
     slabs = zip(torch.tensor_split(part.weight, count), biases, strict=True)
     found = [times(part.unpack(some), bias) for some, bias in slabs]
+    if isinstance(part, PreparedLinear):
+        part.let_go()
     return found[0] if count == 1 else torch.cat(found, dim=-1)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from refollama.errors import FormatError
 
@@ -142,6 +143,7 @@ def _block(field: int, payload: bytes) -> bytes:
     return _varint(field << 3 | BLOCK) + _varint(len(payload)) + payload
 
 
+@lru_cache(maxsize=1 << 10)  # the same few fields and lengths, hundreds of thousands of times
 def _varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the top bit says that more follow."""
     out = bytearray()

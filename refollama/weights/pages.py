@@ -3,16 +3,25 @@
 All weights of a model are read for each token. In pages of 4 kB a processor has to look up where
 the next one lies, and begins anew to read ahead; in pages of 2 MB memory gives a seventh to a third
 more. Nobody closes what is made here: it goes with the last tensor that lies in it.
+
+Pages of a file count as memory of whoever has read them, until they are let go of.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from contextlib import suppress
-from typing import BinaryIO
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 
 LARGE = 1 << 21  # bytes; of less, no large page can be made
+PAGES = Path("/proc/self/pagemap")  # a word for each; Linux, admin-guide/mm/pagemap.rst
+IN_MEMORY, SWAPPED, OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def copy_on_write(file: BinaryIO) -> mmap.mmap:
@@ -33,6 +42,28 @@ def fresh(nbytes: int) -> mmap.mmap:
     if sys.platform != "linux":
         return mmap.mmap(-1, nbytes)
     return _advised(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def let_go(start: int, nbytes: int) -> None:
+    """What lies between these addresses takes no memory of this process, until it is read again,
+    as far as it is pages of a mapped file. If something was written there, all of it stays."""
+    first, last = -(-start // mmap.PAGESIZE), (start + nbytes) // mmap.PAGESIZE
+    if sys.platform != "linux" or last <= first:
+        return
+    with suppress(OSError):  # a system that does not tell of its pages keeps them
+        with PAGES.open("rb") as told:
+            told.seek(first * np.uint64().itemsize)
+            pages = np.frombuffer(told.read((last - first) * np.uint64().itemsize), np.uint64)
+        if (pages[pages & (IN_MEMORY | SWAPPED) > 0] & OF_A_FILE).all():
+            size = len(pages) * mmap.PAGESIZE
+            _libc().madvise(first * mmap.PAGESIZE, size, mmap.MADV_DONTNEED)
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return libc
 
 
 def _advised(memory: mmap.mmap) -> mmap.mmap:

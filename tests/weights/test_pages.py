@@ -1,5 +1,6 @@
 """Memory in large pages: asked for where the system has them, and memory as any other."""
 
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -7,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from refollama.fast.half import HalfLinear
 from refollama.fast.prepared import LINE, room
-from refollama.weights.pages import LARGE, copy_on_write, fresh
+from refollama.fast.slabs import by_slabs
+from refollama.models.layers import Linear
+from refollama.weights.blocks import TYPE_ID
+from refollama.weights.pages import LARGE, copy_on_write, fresh, let_go
+from refollama.weights.quants import LAYOUTS
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 has_large_pages = pytest.mark.skipif(
@@ -72,3 +78,63 @@ def test_what_stands_side_by_side_has_its_own_place(height):
         one.fill_(number + 1)
     for number, one in enumerate(places):
         assert (one == number + 1).all()
+
+
+def in_memory(address: int) -> int:
+    """Bytes of the mapping there that this process has in memory.  `man 5 proc_pid_smaps`: Rss"""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("nothing is mapped there")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of its pages")
+
+
+@linux
+def test_pages_of_a_file_can_be_let_go_of_but_nothing_that_was_written(tmp_path):
+    path, size = tmp_path / "some", 1 << 20
+    path.write_bytes(bytes(range(256)) * (size // 256))
+    with path.open("rb") as file:
+        mapped = bytes_of(copy_on_write(file))
+    whole, start = mapped.clone(), mapped.data_ptr()
+    assert in_memory(start) == size
+    let_go(start + 1, size // 2)  # whole pages only: not the first one
+    assert in_memory(start) == size // 2 + mmap.PAGESIZE
+    let_go(start, size)
+    assert in_memory(start) == 0
+    assert torch.equal(mapped, whole)  # it is read again
+    mapped[size // 2] = 99
+    let_go(start, size)
+    assert in_memory(start) == size
+    assert mapped[size // 2] == 99
+    let_go(start, size // 2)
+    assert in_memory(start) == size // 2
+
+
+def test_memory_of_our_own_is_not_let_go_of():
+    memory = bytes_of(fresh(LARGE)).fill_(7)
+    let_go(memory.data_ptr(), LARGE)
+    assert (memory == 7).all()
+    let_go(memory.data_ptr(), 0)
+
+
+@linux
+def test_a_matrix_that_was_copied_stays_in_its_file(tmp_path):
+    """Its pages are read to copy it and for prompts, and let go of each time."""
+    layout, path, rows = LAYOUTS[TYPE_ID["Q6_K"]], tmp_path / "some", 256
+    path.write_bytes(bytes(rows * 8 * layout.block.nbytes))
+    with path.open("rb") as file:
+        weight = bytes_of(copy_on_write(file)).view(rows, -1)
+    part, most = HalfLinear(Linear(weight, layout.unpack_rows), "Q6_K"), mmap.PAGESIZE
+    part.prepare_now()
+    assert in_memory(weight.data_ptr()) <= most
+    assert not by_slabs(part, torch.randn(40, 8 * layout.block.values)).any()
+    assert in_memory(weight.data_ptr()) <= most
+    weight[3] = 1  # from now on it is ours
+    part.prepare_now()
+    assert in_memory(weight.data_ptr()) >= weight.nbytes - most
+    assert weight[3].all()
