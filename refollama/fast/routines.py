@@ -193,18 +193,23 @@ def _whole_vectors() -> Iterator[None]:
 
     torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
     header, told so, copies them to the stack, and waits for them there: three quarters of the time
-    of a product. It does not, if it is told nothing. Where another torch writes its loads
-    differently, they stay as they are.
+    of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
+    on doing so.
     """
     from torch._inductor.codegen.cpp import CppVecKernel
 
     kernel: Any = CppVecKernel
-    before = kernel._get_vec_load_line
+    before = getattr(kernel, "_get_vec_load_line", None)
+    if before is None:
+        yield
+        return
 
     def load_line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
         line: str = before(self, var, index, dtype, mask)
         if mask is not None or self.tail_size or dtype != torch.int32:
             return line
+        if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
+            return line  # the last vector would reach past the end
         return line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
 
     kernel._get_vec_load_line = load_line
