@@ -115,6 +115,19 @@ def test_pages_of_a_file_can_be_let_go_of_but_nothing_that_was_written(tmp_path)
     assert in_memory(start) == size // 2
 
 
+@linux
+def test_where_the_system_tells_nothing_of_its_pages_they_stay(tmp_path, monkeypatch):
+    path, size = tmp_path / "some", 1 << 20
+    path.write_bytes(bytes(size))
+    with path.open("rb") as file:
+        mapped = bytes_of(copy_on_write(file))
+    mapped[:] = 7
+    for told in ("there is none", "zero"):
+        monkeypatch.setattr("refollama.weights.pages.PAGES", Path("/dev") / told)
+        let_go(mapped.data_ptr(), size)
+        assert (mapped == 7).all()
+
+
 def test_memory_of_our_own_is_not_let_go_of():
     memory = bytes_of(fresh(LARGE)).fill_(7)
     let_go(memory.data_ptr(), LARGE)
