@@ -105,7 +105,8 @@ def _nibbles(weight: Tensor, kind: str) -> list[Tensor]:
     blocks = weight.reshape(-1, layout.block.nbytes)
     step, low = (part.reshape(len(weight), -1, 1) for part in line(blocks))  # (r, in / 32, 1)
     values = layout.unpack_rows(weight).view(len(weight), -1, GROUP)
-    q = ((values - low) / step).nan_to_num_(0, 0, 0).round_().int()
+    each = (1 / step).nan_to_num_(0, 0, 0)  # there are groups of zeros
+    q = values.sub_(low).mul_(each).nan_to_num_(0, 0, 0).round_().int()
     if bits == 4:
         return _laid(q, step, low)
     # The middle of what high nibbles there are comes to 8, where their scale is multiplied by 0:
