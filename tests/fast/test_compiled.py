@@ -39,7 +39,7 @@ WIDE: Any = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
 }
-KINDS = {"small": "Q8_0", "lanes": "Q5_K", "float16": "F16"}
+KINDS = {"small": "Q8_0", "lanes": "Q4_K", "float16": "F16"}
 
 
 def net_of(path) -> Any:
