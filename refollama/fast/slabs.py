@@ -24,9 +24,7 @@ SLAB = 1 << 20  # weights: four megabytes of float32
 def columns(part: Linear) -> int:
     """How wide its matrix is."""
     layout = _layout_of(part)
-    if layout is None:
-        return part.unpack(part.weight[:1]).shape[-1]
-    return part.weight.shape[-1] // layout.block.nbytes * layout.block.values
+    return layout.columns(part.weight) if layout else part.unpack(part.weight[:1]).shape[-1]
 
 
 def type_of(part: Linear) -> str:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 LARGE = 1 << 21  # bytes; of less, no large page can be made
-PAGES = Path("/proc/self/pagemap")  # a word for each; Linux, admin-guide/mm/pagemap.rst
+PAGES, ENTRY = Path("/proc/self/pagemap"), 8  # bytes for each; Linux, admin-guide/mm/pagemap.rst
 IN_MEMORY, SWAPPED, OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
@@ -52,8 +52,8 @@ def let_go(start: int, nbytes: int) -> None:
         return
     with suppress(OSError):  # a system that does not tell of its pages keeps them
         with PAGES.open("rb") as told:
-            told.seek(first * np.uint64().itemsize)
-            pages = np.frombuffer(told.read((last - first) * np.uint64().itemsize), np.uint64)
+            told.seek(first * ENTRY)
+            pages = np.frombuffer(told.read((last - first) * ENTRY), np.uint64)
         there = pages[pages & (IN_MEMORY | SWAPPED) > 0]
         if len(there) and (there & OF_A_FILE).all():  # none, although they were read: no telling
             size = len(pages) * mmap.PAGESIZE

@@ -47,9 +47,12 @@ class Layout:
 
         F32 comes back as a view of `data`, all others as new memory.
         """
-        n = data.numel() // self.block.nbytes
-        cols = data.shape[-1] // self.block.nbytes * self.block.values
+        n, cols = data.numel() // self.block.nbytes, self.columns(data)
         return self.unpack(data.reshape(n, self.block.nbytes)).view(*data.shape[:-1], cols)
+
+    def columns(self, data: Tensor) -> int:
+        """How many values a packed row has.  (…, row_bytes) uint8"""
+        return data.shape[-1] // self.block.nbytes * self.block.values
 
     def pack_rows(self, values: Tensor, importance: Tensor | None = None) -> Tensor:
         """Values → packed rows.  (…, cols) float32 → (…, row_bytes) uint8

@@ -22,26 +22,40 @@ has_large_pages = pytest.mark.skipif(
 )
 
 
-def is_advised(address: int) -> bool:
-    """Has the system been asked to put this into large pages?  `man 5 proc_pid_smaps`: hg"""
+def told_of(address: int, what: str) -> str:
+    """What the system tells of the mapping that this lies in.  `man 5 proc_pid_smaps`"""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return "hg" in line.split()
+        elif inside and line.startswith(f"{what}:"):
+            return line.removeprefix(f"{what}:")
     raise AssertionError("nothing is mapped there")
+
+
+def is_advised(address: int) -> bool:
+    """Has the system been asked to put this into large pages?"""
+    return "hg" in told_of(address, "VmFlags").split()
+
+
+def in_memory(address: int) -> int:
+    """Bytes of the mapping there that this process has in memory."""
+    return int(told_of(address, "Rss").split()[0]) * 1024
 
 
 def bytes_of(memory) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def mapped_file(path) -> torch.Tensor:
+    with path.open("rb") as file:
+        return bytes_of(copy_on_write(file))
+
+
 def test_what_is_written_into_a_mapped_file_stays_ours(tmp_path):
     path = tmp_path / "some"
     path.write_bytes(bytes(range(256)) * 64)
-    with path.open("rb") as file:
-        mapped = bytes_of(copy_on_write(file))
+    mapped = mapped_file(path)
     assert mapped.tolist() == list(range(256)) * 64
     mapped[:] = 0
     assert path.read_bytes() == bytes(range(256)) * 64
@@ -59,8 +73,7 @@ def test_fresh_memory_is_zeros_and_can_be_written():
 def test_the_system_is_asked_for_large_pages(tmp_path):
     path = tmp_path / "some"
     path.write_bytes(bytes(LARGE))
-    with path.open("rb") as file:
-        mapped = bytes_of(copy_on_write(file))
+    mapped = mapped_file(path)
     assert is_advised(mapped.data_ptr())
     assert is_advised(bytes_of(fresh(LARGE)).data_ptr())
     assert is_advised(room([(torch.float16, (LARGE,))])[0].data_ptr())
@@ -80,17 +93,6 @@ def test_what_stands_side_by_side_has_its_own_place(height):
         assert (one == number + 1).all()
 
 
-def in_memory(address: int) -> int:
-    """Bytes of the mapping there that this process has in memory.  `man 5 proc_pid_smaps`: Rss"""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("nothing is mapped there")
-
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of its pages")
 
 
@@ -98,8 +100,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of 
 def test_pages_of_a_file_can_be_let_go_of_but_nothing_that_was_written(tmp_path):
     path, size = tmp_path / "some", 1 << 20
     path.write_bytes(bytes(range(256)) * (size // 256))
-    with path.open("rb") as file:
-        mapped = bytes_of(copy_on_write(file))
+    mapped = mapped_file(path)
     whole, start = mapped.clone(), mapped.data_ptr()
     assert in_memory(start) == size
     let_go(start + 1, size // 2)  # whole pages only: not the first one
@@ -119,8 +120,7 @@ def test_pages_of_a_file_can_be_let_go_of_but_nothing_that_was_written(tmp_path)
 def test_where_the_system_tells_nothing_of_its_pages_they_stay(tmp_path, monkeypatch):
     path, size = tmp_path / "some", 1 << 20
     path.write_bytes(bytes(size))
-    with path.open("rb") as file:
-        mapped = bytes_of(copy_on_write(file))
+    mapped = mapped_file(path)
     mapped[:] = 7
     for told in ("there is none", "zero"):
         monkeypatch.setattr("refollama.weights.pages.PAGES", Path("/dev") / told)
@@ -140,8 +140,7 @@ def test_a_matrix_that_was_copied_stays_in_its_file(tmp_path):
     """Its pages are read to copy it and for prompts, and let go of each time."""
     layout, path, rows = LAYOUTS[TYPE_ID["Q6_K"]], tmp_path / "some", 256
     path.write_bytes(bytes(rows * 8 * layout.block.nbytes))
-    with path.open("rb") as file:
-        weight = bytes_of(copy_on_write(file)).view(rows, -1)
+    weight = mapped_file(path).view(rows, -1)
     part, most = HalfLinear(Linear(weight, layout.unpack_rows), "Q6_K"), mmap.PAGESIZE
     part.prepare_now()
     assert in_memory(weight.data_ptr()) <= most
