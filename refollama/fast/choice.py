@@ -17,8 +17,9 @@ from refollama.fast.compiled import CACHES, CompiledBlock, compile_blocks, join,
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
+from refollama.fast.instructions import has_dots
 from refollama.fast.kept import KeptLinear
-from refollama.fast.laned import TOGETHER, LaneLinear, compile_product, is_there
+from refollama.fast.laned import ROUTINES, LaneLinear, compile_product, is_there
 from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear
@@ -92,7 +93,7 @@ def _fits_nibbles(part: Linear, kind: str) -> bool:
 
 
 def _fits_lanes(part: Linear) -> bool:
-    return fits(type_of(part), len(part.weight))
+    return has_dots() and fits(type_of(part), len(part.weight))
 
 
 def _make_ready(name: str, part: nn.Module, there: Mapping[str, Made]) -> None:
@@ -138,15 +139,15 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
     Raises: RefollamaError without a compiler, or if it fails; the net computes as it did then.
     """
     before = {name: part for name, part in net.named_modules() if _may_be_laned(part)}
-    products = [(kind, together) for kind in lacking(net) for together in (1, TOGETHER)]
+    products = [(kind, *which) for kind in lacking(net) for which in ROUTINES]
     for name, part in before.items():
         laned = FastExperts(part, _laned) if isinstance(part, FastExperts) else _laned(part)
         _put(net, name, laned.train(part.training))
     try:
         total = len(products) + len(shapes(net, dtype))
-        for done, (kind, together) in enumerate(products):
+        for done, product in enumerate(products):
             told(done, total)
-            compile_product(kind, together)
+            compile_product(*product)
         for old in before.values():  # lanes take no more memory than what they stand for
             for one in _each(old):
                 one.release()

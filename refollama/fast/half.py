@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, in_parts, may_round, room
+from refollama.fast.prepared import FLOAT, Made, PreparedLinear, bits_for, in_parts, may_round, room
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import BLOCKS
@@ -50,7 +50,7 @@ class HalfLinear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not may_round(x):
-            return by_slabs(self if bits_for(x) == EXACT else self._copy(), x)
+            return by_slabs(self if bits_for(x) == FLOAT else self._copy(), x)
         (matrix,) = self.prepared()
         times = functional.linear if are_alike(self.dtype) else _one_by_one
         y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))

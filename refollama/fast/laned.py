@@ -1,7 +1,7 @@
 """A matrix in lanes, in place of another: tokens go through a compiled product.
 
 One routine of a type serves matrices of all sizes; a second one multiplies eight tokens by what it
-unpacks once, and prompts are many times eight.
+unpacks once, and prompts are many times eight. A third is for prompts in numbers of 8 bits.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from refollama.fast.dots import GROUP, rounded
 from refollama.fast.lanes import CODE, LANES, form, laid, times
-from refollama.fast.prepared import EXACT, Made, PreparedLinear, bits_for, is_free, room
+from refollama.fast.prepared import Made, PreparedLinear, bytes_for, room
 from refollama.fast.routines import compile_to, loaded, path_for
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
@@ -22,15 +23,16 @@ from refollama.weights.quants import LAYOUTS
 TOGETHER = 8  # tokens
 MANY = 512  # tokens that are handed over at a time: what is made in between takes memory
 WORTH_IT = 4  # tokens from which on eight together are sooner than one by one
+ROUTINES = (1, 2), (TOGETHER, 2), (TOGETHER, 1)  # of a type: tokens together, and bytes of numbers
 
 
 class LaneLinear(PreparedLinear):
-    """`Linear` with a matrix in lanes beside the packed one, for tokens that are not rounded."""
+    """`Linear` with a matrix in lanes beside the packed one."""
 
     def __init__(self, part: Linear, kind: str) -> None:
         super().__init__(part)
         self.kind = kind  # as which it is packed
-        self._paths = {together: path_of(kind, together) for together in (1, TOGETHER)}
+        self._paths = {which: path_of(kind, *which) for which in ROUTINES}
 
     def prepare(self) -> Made:
         """As in `lanes.laid`."""
@@ -44,9 +46,10 @@ class LaneLinear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        together = together_for(len(rows))
-        routine = loaded(self._paths[together])
-        if routine is None or not len(rows) or not is_free(x) or bits_for(x) != EXACT:
+        bytes = bytes_for(x)
+        together = TOGETHER if bytes == 1 else together_for(len(rows))
+        routine = loaded(self._paths[together, bytes]) if bytes and len(rows) else None
+        if routine is None:
             return by_slabs(self, x)
         made, given = self.prepared(), filled(rows, together).view(-1, together, x.shape[-1])
         some = torch.split(given, MANY // together if together > 1 else 1)
@@ -72,27 +75,33 @@ def filled(rows: Tensor, together: int) -> Tensor:
 
 
 class Product(nn.Module):
-    """By a matrix of one type, of any size: this is compiled.  As `lanes.times`."""
+    """Tokens by a matrix of one type, of any size: this is compiled.
 
-    def __init__(self, kind: str) -> None:
+    (G, M, in) → (G, M, out)
+    """
+
+    def __init__(self, kind: str, bytes: int) -> None:
+        """bytes: of each number that tokens are made of."""
         super().__init__()
-        self.kind = kind
+        self.kind, self.bytes = kind, bytes
 
     def forward(self, x: Tensor, *made: Tensor) -> Tensor:
-        return times(x, made, self.kind)
+        blocks = made[1].shape[1]
+        groups = blocks * (LAYOUTS[TYPE_ID[self.kind]].block.values // GROUP)
+        return times(rounded(x, groups, self.bytes), made, self.kind)
 
 
-def path_of(kind: str, together: int) -> Path:
-    """Where the routine of this type is kept, for so many tokens together."""
-    return path_for(["product", kind, together])
+def path_of(kind: str, together: int, bytes: int) -> Path:
+    """Where the routine of this type is kept, for so many tokens together in such numbers."""
+    return path_for(["product", kind, together, bytes])
 
 
 def is_there(kind: str) -> bool:
     """Can a matrix of this type be multiplied in lanes?"""
-    return kind in CODE and all(loaded(path_of(kind, one)) for one in (1, TOGETHER))
+    return kind in CODE and all(loaded(path_of(kind, *which)) for which in ROUTINES)
 
 
-def compile_product(kind: str, together: int) -> None:
+def compile_product(kind: str, together: int, bytes: int) -> None:
     """The routine of a type.  Raises: RefollamaError without a compiler, or if it fails."""
     layout = LAYOUTS[TYPE_ID[kind]]
     width = 3 * layout.block.values
@@ -101,4 +110,5 @@ def compile_product(kind: str, together: int) -> None:
     given = torch.randn(3 if together > 1 else 1, together, width), *laid(rows, kind)
     sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
     many = {0: any_size} if together > 1 else {}
-    compile_to(path_of(kind, together), Product(kind), given, ({**many, 2: any_size}, sizes))
+    made = Product(kind, bytes)
+    compile_to(path_of(kind, together, bytes), made, given, ({**many, 2: any_size}, sizes))

@@ -1,26 +1,23 @@
-"""Sixteen rows side by side: matrices that are multiplied as they lie packed, and round nothing.
+"""Sixteen rows side by side: matrices that are multiplied as they lie packed.
 
     a file's rows      row 0: a block, a block, …   row 1: a block, a block, …
-    laid in lanes      the same code of rows 0 … 15, the next code of rows 0 … 15, …
+    laid in lanes      four codes of rows 0 … 15, the next four of rows 0 … 15, …
 
-What stands side by side goes through a processor's vectors side by side: one number of a token
-times sixteen weights, added to sixteen outputs. No sum crosses a vector, and every bit of a block
-is kept: codes, the steps of blocks and those of their groups.
+What stands side by side goes through a processor's vectors side by side: four numbers of a token
+times four codes of sixteen rows, added to sixteen outputs (`dots.py`). No sum crosses a vector, and
+every bit of a block is kept: codes, the steps of blocks and those of their groups.
 
-    y = Σ over blocks, groups   d · s · Σ (q − middle) · x   −   m · least · Σ x
+    y = Σ over blocks, groups   (d · s · Σ (q − middle) · n   −   m · least · Σ n) · unit
 
-Codes fill words of 32 bits, and stay where they lie in them. A code that begins at bit 12 is 2 ^ 12
-times as large there, so its number of the token is divided by that, once for all rows: to unpack it
-is to mask it, and to make a float of it.
+Codes fill words of 32 bits so that four of them are taken out together, one for each byte.
 
-It is written as torch does it, and worth something only compiled (`routines.py`): code by code,
+It is written as torch does it, and worth something only compiled (`routines.py`): word by word,
 torch's own passes would take a hundred times as long. Each sum is added in the same order beside
 however many other tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,15 +25,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from refollama.fast.dots import BYTES, Rounded, dots, once
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 
-LANES = 16  # rows: one vector of float32 where vectors have 512 bits, two of 256
+LANES = 16  # rows: one vector of words where vectors have 512 bits, two of 256
 WORD = 32  # bits
-AT_ONCE = 8  # codes that are multiplied at a time, or more: until they fill words
-BYTES = 4  # of a word: steps of so many groups
-CHAINS = 2  # sums that are added to in turn: a processor need not wait for the one before
 
 Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups), −128 to 127
 
@@ -50,7 +45,7 @@ class Code:
 
     bits: int  # of q, which is never negative
     group: int  # values that share s and least
-    middle: int  # far from small codes (Q8_0) it costs them an eighth of a float's 24 bits
+    middle: int
     d: int  # the byte where it begins, a float16
     s: Inner | None = None  # None: 1
     m: int | None = None  # as d; None: 0
@@ -83,7 +78,7 @@ CODE: Mapping[str, Code] = {
     "Q2_K": Code(
         2, 16, 0, 80, lambda block: block[:, :16] & 15, 82, lambda block: block[:, :16] >> 4
     ),
-    # Of its 3 bits sixteen codes would fill no words; a fourth costs no time.
+    # Sixteen third bits would fill half a word; a fourth costs no time.
     "Q3_K": Code(4, 16, 4, 108, _six_bits_signed),
     "Q4_K": Code(4, 32, 0, 0, _k_scales, 2, _k_minima),
     "Q5_K": Code(5, 32, 0, 0, _k_scales, 2, _k_minima),
@@ -99,13 +94,13 @@ CODE: Mapping[str, Code] = {
 
 
 @dataclass(frozen=True)
-class Field:
-    """Some bits of a code, those from `base` on, and where they are: from `shift` on in a word."""
+class Piece:
+    """Some bits of four codes, those from `base` on, and where they are: from `shift` on in each
+    byte of a word."""
 
-    column: int  # of the run: which code
     base: int
     width: int
-    word: int  # of the run
+    word: int  # of the group
     shift: int
 
     @property
@@ -113,38 +108,24 @@ class Field:
         """Of its bits, where they begin at 0."""
         return (1 << self.width) - 1
 
-    @property
-    def has_sign(self) -> bool:
-        """Does it end with the bit that makes a word negative?"""
-        return self.shift + self.width == WORD
-
-
-def run_of(bits: int) -> int:
-    """How many codes are multiplied at a time: they fill some words."""
-    return max(AT_ONCE, WORD // math.gcd(WORD, bits))
-
 
 @cache
-def fields_of(bits: int) -> list[Field]:
-    """Of a run of codes. As many as find room fill each word from its lowest bit on; bits that are
-    left, two of a word where codes have 5 or 6, hold the last codes of the run in pieces.
+def pieces_of(bits: int, group: int) -> list[list[Piece]]:
+    """Of each four codes of a group, that follow each other, in order: a byte of a word has room
+    for a code of 8 bits, for 4 bits of two, 2 of four, 1 of eight. What has 6 bits, or 5, lies in
+    two words: its lower 4 bits and the others.
 
-        4 bits   │ 7 │ 6 │ 5 │ 4 │ 3 │ 2 │ 1 │ 0 │
-        6 bits   │15│  4  │  3  │  2  │  1  │  0  │   and two more words alike
+        4 bits   │ 7 · 3 │ 6 · 2 │ 5 · 1 │ 4 · 0 │   codes 0 to 3 in the lower half of each byte
     """
-    run, whole = run_of(bits), WORD // bits
-    words, left = run * bits // WORD, WORD - whole * bits
-    found = [
-        Field(word * whole + at, 0, bits, word, at * bits)
-        for word in range(words)
-        for at in range(whole)
-    ]
-    at = 0  # of all bits that are left, one word's after the other's
-    while at < left * words:
-        (word, shift), (column, base) = divmod(at, left), divmod(at, bits)
-        width = min(left - shift, bits - base)
-        found.append(Field(words * whole + column, base, width, word, WORD - left + shift))
-        at += width
+    found: list[list[Piece]] = [[] for _ in range(0, group, BYTES)]
+    base, first = 0, 0
+    for width in (8, 4, 2, 1):
+        if bits - base < width:
+            continue
+        room = 8 // width  # of a byte
+        for at, pieces in enumerate(found):
+            pieces.append(Piece(base, width, first + at // room, at % room * width))
+        base, first = base + width, first + group * width // WORD
     return found
 
 
@@ -185,7 +166,7 @@ def laid(weight: Tensor, kind: str) -> list[Tensor]:
     q = _in_lanes(_codes_of(blocks, kind, s).view(r, -1, code.group))
     steps = d[:, 0], s, None if m is None else m[:, 0], least
     small = [_in_lanes(one.reshape(r, -1, *one.shape[1:])) for one in steps if one is not None]
-    return [_words(q, code.bits), *(one if one.dim() == 3 else _four(one) for one in small)]
+    return [_words(q, code), *(one if one.dim() == 3 else _four(one) for one in small)]
 
 
 def _codes_of(blocks: Tensor, kind: str, s: Tensor | None) -> Tensor:
@@ -208,17 +189,16 @@ def _in_lanes(rows: Tensor) -> Tensor:
     return rows.view(-1, LANES, *rows.shape[1:]).movedim(1, -1).contiguous()
 
 
-def _words(q: Tensor, bits: int) -> Tensor:
+def _words(q: Tensor, code: Code) -> Tensor:
     """(T, N, group, 16) uint8 → (T, N, group · bits / 32, 16) int32"""
-    run = run_of(bits)
-    runs = q.view(*q.shape[:2], -1, run, LANES)
-    words = q.new_zeros(*runs.shape[:3], run * bits // WORD, LANES, dtype=torch.int32)
-    for one in fields_of(bits):
-        piece = runs[..., one.column, :]
-        if one.width < bits:
-            piece = piece >> one.base & one.mask
-        words[..., one.word, :] |= piece.int() << one.shift  # the highest bit becomes the sign
-    return words.flatten(2, 3)
+    words = q.new_zeros(*q.shape[:2], code.group * code.bits // WORD, LANES, dtype=torch.int32)
+    for at, pieces in enumerate(pieces_of(code.bits, code.group)):
+        for byte in range(BYTES):
+            one = q[:, :, at + code.group // BYTES * byte]
+            for piece in pieces:
+                bits = one if piece.width == code.bits else one >> piece.base & piece.mask
+                words[:, :, piece.word] |= bits.int() << 8 * byte + piece.shift
+    return words
 
 
 def _four(small: Tensor) -> Tensor:
@@ -233,37 +213,40 @@ def _four(small: Tensor) -> Tensor:
 # ── multiplying ───────────────────────────────────────────────────────────────────────────────
 
 
-def times(x: Tensor, made: Sequence[Tensor], kind: str) -> Tensor:
+def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     """Tokens by a matrix that is `laid`; each code is unpacked once for all M that go together.
 
-    (G, M, in) float32 → (G, M, out)
+    → (G, M, out) float32
     """
-    code = CODE[kind]
-    words, *small = made
-    (G, M), (T, B) = x.shape[:2], small[0].shape[:2]
-    run, places = run_of(code.bits), fields_of(code.bits)
+    code, (words, *small) = CODE[kind], made
+    its = x.by(code.group)
+    (G, _, M), (T, B) = its.sums.shape, small[0].shape[:2]
     steps = BYTES if code.s else 1  # that lie in a word
-    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group // steps, steps, code.group // run
+    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group // steps, steps
     size = T, G, *inner, LANES  # sixteen rows are read for all tokens, then the next sixteen
-    each = words.view(T, 1, *inner, run * code.bits // WORD, LANES).unbind(-2)
-    q = [_cut(each[one.word], one).expand(size) for one in places]
+    each = words.view(T, 1, *inner, code.group * code.bits // WORD, LANES).unbind(-2)
+    codes = [_bytes(each, one).expand(size) for one in pieces_of(code.bits, code.group)]
     step, low = _steps(code, small)
-    step = step[:, None, ..., None, :]
-    numbers = _for_fields(x, code).view(1, G, M, *inner, len(places), 1)
-    # Σ (q − middle) · x begins at −middle · Σ x, so that q need not be moved.
-    starts = (x.view(1, G, M, *inner, run, 1) * -code.middle).sum(-2)
+
+    def by_token(numbers: Tensor) -> Sequence[Tensor]:
+        """(G, N, M) → M times (1, G, B, words, steps, 1)"""
+        return numbers.view(1, G, *inner, M, 1).unbind(-2)
+
+    # Σ (q − middle) · n begins at −middle · Σ n, so that q need not be moved.
+    starts = by_token(once((its.sums * -code.middle).int().flatten(1)))
+    numbers = its.words.view(1, G, *inner, M, x.bytes, len(codes), 1).unbind(-4)
     found = []
-    for its, start in zip(numbers.unbind(2), starts.unbind(2), strict=True):
-        start = start.expand(size)
-        sums = [start, torch.zeros_like(start)]
-        columns = its.expand(*size[:-1], len(places), LANES).unbind(-2)
-        for k, (number, one) in enumerate(zip(columns, q, strict=True)):
-            sums[k % CHAINS] = fma(number, one, sums[k % CHAINS])
-        found.append((step * (sums[0] + sums[1])).sum((2, 3, 4, 5)))  # (T, G, 16)
+    for start, unit, token in zip(starts, by_token(its.units), numbers, strict=True):
+        low_bytes, *high_bytes = token.expand(*size[:-1], x.bytes, len(codes), LANES).unbind(-3)
+        total = dots(start.expand(size), codes, low_bytes.unbind(-2), code.bits)
+        for one in high_bytes:
+            nothing = torch.zeros_like(total)
+            total = total + (dots(nothing, codes, one.unbind(-2), code.bits) << 8)
+        found.append((total.float() * (step[:, None] * unit)).sum((2, 3, 4)))  # (T, G, 16)
     y = torch.stack(found)
     if low is not None:
-        groups = x.view(1, G, M, *inner[:3], code.group, 1).sum(-2).unbind(2)
-        y = y - torch.stack([(low[:, None] * one).sum((2, 3, 4)) for one in groups])
+        lows = by_token(once((its.sums * its.units).flatten(1)))
+        y = y - torch.stack([(low[:, None] * one).sum((2, 3, 4)) for one in lows])
     return y.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -286,35 +269,17 @@ def _each_byte(words: Tensor) -> Tensor:
     return (words.unsqueeze(-2) << above >> WORD - 8).float()
 
 
-def _cut(word: Tensor, one: Field) -> Tensor:
-    """Its bits as a number, where they lie: times 2 ^ shift. (That with the sign is moved down.)"""
-    if one.has_sign:
-        return (word >> one.shift & one.mask).float()
-    return (word & one.mask << one.shift).float()
+def _bytes(words: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """Four codes, each in its byte."""
+    found = []
+    for one in pieces:
+        word, down = words[one.word], one.shift - one.base
+        if down:
+            word = word >> down if down > 0 else word << -down
+        found.append(word if one.width == 8 else word & _in_each_byte(one.mask << one.base))
+    return found[0] if len(found) == 1 else found[0] | found[1]
 
 
-def _for_fields(x: Tensor, code: Code) -> Tensor:
-    """What each field is multiplied by: its number of the token, times 2 ^ −shift. Powers of two
-    round nothing that is larger than 1e-30.  (G, M, in) → (G · M, runs · fields)
-    """
-    run, places = run_of(code.bits), fields_of(code.bits)
-    powers = [one.base - (0 if one.has_sign else one.shift) for one in places]
-    runs = code.group // run  # compilers read a long table from memory, a short one case by case
-    columns = [at * run + one.column for at in range(runs) for one in places]
-    x = x.view(x.shape[0] * x.shape[1], -1, code.group)
-    if len(columns) > code.group:
-        x = x[..., torch.tensor(columns)]
-    return once((x * torch.tensor([2.0**power for power in powers] * runs)).flatten(1))
-
-
-def once(x: Tensor) -> Tensor:
-    """x (M, n), which a compiler would else compute anew for each number that is made of it."""
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
-
-
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a · b + c; compiled, with one rounding."""
-    from torch._inductor import inductor_prims  # takes a second, and only compilers come here
-
-    found: Tensor = inductor_prims.fma(a, b, c)
-    return found
+def _in_each_byte(bits: int) -> int:
+    """As a word with a sign."""
+    return int.from_bytes(BYTES * bytes([bits]), "little", signed=True)

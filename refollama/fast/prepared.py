@@ -18,7 +18,7 @@ from refollama.weights.pages import LARGE, fresh, let_go
 Made = Sequence[Tensor]
 LINE = 64  # bytes that a processor reads at a time
 FEW = 16  # tokens; of more, unpacking is a small part of the work, and nothing need be rounded
-WRITTEN, EXACT = 0, 32
+WRITTEN, FLOAT, EXACT = 0, 32, 64  # what is written; a prompt in float32; what is exact
 _bits: ContextVar[int] = ContextVar("bits", default=WRITTEN)
 
 
@@ -40,7 +40,12 @@ def exactly() -> AbstractContextManager[None]:
 
 def bits_for(x: Tensor) -> int:
     """In numbers of how many bits these tokens are multiplied, when they are not `may_differ`."""
-    return (_bits.get() or EXACT) if is_free(x) else EXACT
+    return min(_bits.get() or FLOAT, FLOAT) if is_free(x) else FLOAT
+
+
+def bytes_for(x: Tensor) -> int:
+    """Of how many bytes numbers of these tokens may be made (`dots.py`); 0: they stay floats."""
+    return {8: 1, 16: 0, EXACT: 0}.get(_bits.get(), 2) if is_free(x) else 0
 
 
 def is_free(x: Tensor) -> bool:

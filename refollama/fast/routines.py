@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refollama.errors import RefollamaError
+from refollama.fast.instructions import teach, whole_vectors
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
-WRITTEN = ("step.py", "lanes.py", "laned.py", "compiled.py", "routines.py")  # what makes them
+WRITTEN = tuple(  # what makes them
+    f"{name}.py"
+    for name in ("step", "lanes", "dots", "instructions", "laned", "compiled", "routines")
+)
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # A product that is written code by code is one loop: nothing of it goes to memory in between.
@@ -141,9 +144,10 @@ def compile_to(
     Raises: RefollamaError without a compiler, or if it fails.
     """
     _check_compiler()
+    teach()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = tempfile.TemporaryDirectory(dir=path.parent)
-    with beside as scratch, _quietly(scratch), _whole_vectors():
+    with beside as scratch, _quietly(scratch), whole_vectors():
         try:
             package = torch._inductor.aoti_compile_and_package(
                 torch.export.export(made, given, dynamic_shapes=dynamic),
@@ -185,35 +189,3 @@ def _quietly(scratch: str) -> Iterator[None]:
             os.environ.pop(INDUCTOR_CACHE)
         else:
             os.environ[INDUCTOR_CACHE] = before
-
-
-@contextmanager
-def _whole_vectors() -> Iterator[None]:
-    """Whole numbers that fill a vector are loaded at once.
-
-    torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
-    header, told so, copies them to the stack, and waits for them there: three quarters of the time
-    of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
-    on doing so.
-    """
-    from torch._inductor.codegen.cpp import CppVecKernel
-
-    kernel: Any = CppVecKernel
-    before = getattr(kernel, "_get_vec_load_line", None)
-    if before is None:
-        yield
-        return
-
-    def load_line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
-        line: str = before(self, var, index, dtype, mask)
-        if mask is not None or self.tail_size or dtype != torch.int32:
-            return line
-        if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
-            return line  # the last vector would reach past the end
-        return line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
-
-    kernel._get_vec_load_line = load_line
-    try:
-        yield
-    finally:
-        kernel._get_vec_load_line = before

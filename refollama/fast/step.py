@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from refollama.fast.lanes import fma, once, times
+from refollama.fast.dots import GROUP, Rounded, once, rounded
+from refollama.fast.lanes import times
 from refollama.fast.prepared import Made
 from refollama.models.layers import rotate
 from refollama.weights.blocks import TYPE_ID
@@ -75,19 +76,19 @@ class BlockStep(nn.Module):
     ) -> Tensor:
         B, Hk, D = x.shape[0], self.shape.n_kv_heads, self.shape.d_head
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, R/2)
-        y = self._norm(x, attn_norm)
-        q = rotate(self._times(y, products, 0).view(B, -1, D), cos, sin)  # (B, H, D)
-        k = rotate(self._times(y, products, 1).view(B, Hk, D), cos, sin)
-        v = self._times(y, products, 2).view(B, Hk, -1)
+        q, k, v = self._times(self._norm(x, attn_norm), products, 0, 1, 2)
+        q = rotate(q.view(B, -1, D), cos, sin)  # (B, H, D)
+        k, v = rotate(k.view(B, Hk, D), cos, sin), v.view(B, Hk, -1)
         places = slots[:, None], torch.arange(Hk, device=x.device), positions[:, None]
         keys.index_put_(places, k.to(keys.dtype))
         values.index_put_(places, v.to(values.dtype))
         S = visible.shape[1]
         mixed = _attend(q, keys[slots, :, :S], values[slots, :, :S], visible)
-        x = x + self._times(mixed.flatten(1), products, 3)
-        y = self._norm(x, ffn_norm)
-        gate, up = self._times(y, products, 4), self._times(y, products, 5)
-        return x + self._times(functional.silu(gate) * up, products, 6)
+        [mixed] = self._times(mixed.flatten(1), products, 3)
+        x = x + mixed
+        gate, up = self._times(self._norm(x, ffn_norm), products, 4, 5)
+        [y] = self._times(functional.silu(gate) * up, products, 6)
+        return x + y
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # One long sum alone would be shared out among threads, and be added up in another order
@@ -99,16 +100,25 @@ class BlockStep(nn.Module):
         mean = once(pieces) / x.shape[-1]
         return x * torch.rsqrt(mean + self.shape.eps) * weight
 
-    def _times(self, x: Tensor, products: Sequence[Made], which: int) -> Tensor:
-        """(B, in) → (B, out)"""
-        made, kind = products[which], self.shape.kinds[which]
+    def _times(self, x: Tensor, products: Sequence[Made], *which: int) -> list[Tensor]:
+        """By some matrices: (B, in) → (B, out) of each"""
         x = once(x)
+        kinds = [self.shape.kinds[one] for one in which]
+        laned = any(kind.startswith(IN_LANES) for kind in kinds)
+        whole = rounded(x[None], x.shape[1] // GROUP) if laned else None
+        return [
+            self._product(x, whole, products[one], kind)
+            for one, kind in zip(which, kinds, strict=True)
+        ]
+
+    def _product(self, x: Tensor, whole: Rounded | None, made: Made, kind: str) -> Tensor:
         if kind.startswith(PACKED):
             # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
             return (x[:, None] * matrix).sum(-1)
         if kind.startswith(IN_LANES):
-            return times(x[None], made, kind.removeprefix(IN_LANES))[0]
+            assert whole is not None
+            return times(whole, made, kind.removeprefix(IN_LANES))[0]
         return _rows_times(x, made[0])
 
 
@@ -143,3 +153,11 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
     mixed = (shares[..., None] * values[:, :, None].float()).sum(-2)  # (B, Hk, G, Dv)
     return mixed.flatten(1, 2)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a · b + c; compiled, with one rounding."""
+    from torch._inductor import inductor_prims  # takes a second, and only compilers come here
+
+    found: Tensor = inductor_prims.fma(a, b, c)
+    return found

@@ -1,0 +1,107 @@
+"""Tokens in whole numbers, and the sum that processors have an instruction for.
+
+    32 values of a token      x ≈ unit · n,   n = 256 · high + low, two bytes     (or n, one byte)
+    four codes of a row       a word of 32 bits
+    dots                      a sum + code · byte, four products for each pair of words
+
+So a token has 16 bits, the largest of each 32 values all of them: a product is off by 0.00002,
+where keys and values in float16 are off by ten times as much. All sums of 32 are whole numbers,
+and exact. With one byte a product is off by 0.5 %: that is what llama.cpp does, with its Q8_0 for
+tokens; its kernels for AVX2 and VNNI multiply as `dots` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GROUP = 32  # values of a token that share a unit
+BYTES = 4  # of a word
+MOST = 127  # of a byte; −128 would have no counterpart
+TINY = 1e-30  # a group of nothing but zeros has a unit, too
+
+
+@torch.library.custom_op("refollama::dots", mutates_args=())
+def dots(start: Tensor, codes: Sequence[Tensor], numbers: Sequence[Tensor], bits: int) -> Tensor:
+    """start + Σ over pairs of words, over their four bytes:  code · number.
+
+    Compiled, it is some instructions of the processor (`instructions.py`).
+    All are int32 and of one shape. codes: bytes from 0 to 2 ^ bits − 1; numbers: −128 to 127.
+    """
+    found = start.clone()
+    for four, others in zip(codes, numbers, strict=True):
+        for up in range(0, 8 * BYTES, 8):
+            found += (four >> up & 255) * (others << 24 - up >> 24)
+    return found
+
+
+@dots.register_fake
+def _(start: Tensor, codes: Sequence[Tensor], numbers: Sequence[Tensor], bits: int) -> Tensor:
+    return start.new_empty(start.shape)
+
+
+@dataclass
+class Rounded:
+    """Tokens in whole numbers.  G times M of them, N groups of 32 values each."""
+
+    whole: Tensor  # (G, M, N, 32) int32
+    unit: Tensor  # (G, M, N) float32: of one group
+    bytes: int  # of each number: 2, or 1
+    _known: dict[int, Numbers] = field(default_factory=dict)
+
+    def by(self, group: int) -> Numbers:
+        """As codes want them that go in groups of so many, 16 or 32."""
+        if group not in self._known:
+            self._known[group] = self._numbers(group)
+        return self._known[group]
+
+    def _numbers(self, group: int) -> Numbers:
+        G, M, N, _ = self.whole.shape
+        parts = GROUP // group
+        whole = self.whole.view(G, M, N, parts, group).permute(0, 2, 3, 1, 4)  # (G, N, parts, M, ·)
+        sums = once(whole.float().sum(-1).flatten(1))  # below 2 ^ 24: exact
+        units = self.unit[..., None].expand(G, M, N, parts).permute(0, 2, 3, 1)
+        high = whole + 128 >> 8
+        its_bytes = (whole,) if self.bytes == 1 else (whole - (high << 8), high)
+        words = torch.stack([_as_words(one) for one in its_bytes], -2)
+        n = N * parts
+        return Numbers(
+            once(words.flatten(1)).view(G, n, M, self.bytes, group // BYTES),
+            sums.view(G, n, M),
+            once(units.flatten(1)).view(G, n, M),
+        )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is multiplied together lies together, for N groups as codes have them."""
+
+    words: Tensor  # (G, N, M, bytes of a number, group / 4) int32: first of the low bytes
+    sums: Tensor  # (G, N, M) float32: of a group's whole numbers
+    units: Tensor  # (G, N, M) float32
+
+
+def rounded(x: Tensor, groups: int, bytes: int = 2) -> Rounded:
+    """Tokens in whole numbers of two bytes, or one.  x (G, M, in) float32, in = groups · 32"""
+    G, M, _ = x.shape
+    values = x.view(G * M, groups, GROUP)
+    largest = once(values.abs().amax(-1)).clamp(min=TINY)
+    most = MOST << 8 * (bytes - 1)
+    whole = once(torch.round(values * (most / largest)[..., None]).int().flatten(1))
+    return Rounded(whole.view(G, M, groups, GROUP), (largest / most).view(G, M, groups), bytes)
+
+
+def _as_words(numbers: Tensor) -> Tensor:
+    """Four bytes in each, a quarter of the numbers apart: so vectors of neighbours become vectors
+    of words.  (…, n) int32 → (…, n / 4) int32"""
+    quarters = numbers.view(*numbers.shape[:-1], BYTES, numbers.shape[-1] // BYTES).unbind(-2)
+    one, two, three, four = quarters
+    return one & 255 | (two & 255) << 8 | (three & 255) << 16 | four << 24
+
+
+def once(x: Tensor) -> Tensor:
+    """x (M, n), which a compiler would else compute anew for each number that is made of it."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))

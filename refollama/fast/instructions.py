@@ -1,0 +1,151 @@
+"""What torch's compiler is taught: the instruction for `dots`, and to load whole vectors.
+
+A compiler of tensors knows sums and products, and has no word for an instruction that multiplies
+bytes four by four and adds them up. Here it gets one: `dots` goes through it as any operation on
+each number does, and comes out as
+
+    AVX-512 VNNI    vpdpbusd                     64 products
+    AVX-512, AVX2   vpmaddubsw, vpaddw           64, 32: sums of two, in 16 bits, while these
+                    vpmaddwd at the end          can hold them
+
+Sources: Intel's Intrinsics Guide; the lowering and the two sets of C++ expressions, for vectors
+and for single numbers, are those of `torch._inductor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from refollama.fast.dots import BYTES
+
+MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
+HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
+
+
+def has_dots() -> bool:
+    """Has this processor instructions that `dots` can be made of?"""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@cache
+def teach() -> None:
+    """torch's compiler what `dots` is."""
+    from torch._inductor.codegen.cpp import CppOverrides, CppVecOverrides
+    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.utils import register_op_dtype_propagation_rules
+    from torch._inductor.virtualized import ops
+    from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND
+
+    def name(bits: int) -> str:
+        return f"dots_of_{bits}_bits"
+
+    def lower(start: Any, codes: Sequence[Any], numbers: Sequence[Any], bits: int) -> Any:
+        def each(*given: Any) -> Any:
+            return getattr(ops, name(bits))(*given)
+
+        return make_pointwise(each)(start, *codes, *numbers)
+
+    lowering: Any = register_lowering(torch.ops.refollama.dots.default, type_promotion_kind=None)
+    lowering(lower)
+    for bits in range(1, 9):
+        kind = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
+        register_op_dtype_propagation_rules(name(bits), kind, torch.int32)
+        for overrides, write in ((CppOverrides, _one_by_one), (CppVecOverrides, _vectors)):
+            setattr(overrides, name(bits), staticmethod(_expression(name(bits), write, bits)))
+
+
+def _expression(
+    name: str, write: Callable[[str, list[tuple[str, str]], int], str], bits: int
+) -> Callable[..., str]:
+    def expression(start: object, *others: object) -> str:
+        words = [str(one) for one in others]
+        pairs = zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True)
+        return write(str(start), list(pairs), bits)
+
+    expression.__name__ = name
+    return expression
+
+
+def _one_by_one(start: str, pairs: list[tuple[str, str]], _: int) -> str:
+    terms = [start]
+    for code, number in pairs:
+        for up in range(0, 8 * BYTES, 8):
+            terms.append(f"({code} >> {up} & 255) * static_cast<int8_t>({number} >> {up})")
+    return f"static_cast<int32_t>({' + '.join(terms)})"
+
+
+def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    width = pick_vec_isa().bit_width()
+    if width == 512 and torch.cpu._is_vnni_supported():
+        found = start
+        for code, number in pairs:
+            found = f"_mm512_dpbusd_epi32({found}, {code}, {number})"
+    else:
+        found = _by_sixteen_bits(start, pairs, bits, width)
+    return f"at::vec::Vectorized<int32_t>({found})"
+
+
+def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width: int) -> str:
+    """As many sums of two products as 16 bits hold, before they are widened."""
+    do, whole = f"_mm{width}", f"si{width}"
+    if bits > 2 * HALF - 2:
+        low = f"{do}_set1_epi8({(1 << HALF) - 1})"
+        lower = [(f"{do}_and_{whole}({code}, {low})", number) for code, number in pairs]
+        upper = [
+            (f"{do}_and_{whole}({do}_srli_epi16({code}, {HALF}), {low})", number)
+            for code, number in pairs
+        ]
+        found = _by_sixteen_bits(start, lower, HALF, width)
+        return _widened(found, upper, HALF, width, 1 << HALF)
+    return _widened(start, pairs, bits, width, 1)
+
+
+def _widened(start: str, pairs: list[tuple[str, str]], bits: int, width: int, times: int) -> str:
+    do = f"_mm{width}"
+    many = MOST_OF_16 // (2 * 128 * ((1 << bits) - 1))
+    for at in range(0, len(pairs), many):
+        sums = [f"{do}_maddubs_epi16({code}, {number})" for code, number in pairs[at : at + many]]
+        found = sums[0]
+        for one in sums[1:]:
+            found = f"{do}_add_epi16({found}, {one})"
+        start = f"{do}_add_epi32({start}, {do}_madd_epi16({found}, {do}_set1_epi16({times})))"
+    return start
+
+
+@contextmanager
+def whole_vectors() -> Iterator[None]:
+    """Whole numbers that fill a vector are loaded at once.
+
+    torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
+    header, told so, copies them to the stack, and waits for them there: three quarters of the time
+    of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
+    on doing so.
+    """
+    from torch._inductor.codegen.cpp import CppVecKernel
+
+    kernel: Any = CppVecKernel
+    before = getattr(kernel, "_get_vec_load_line", None)
+    if before is None:
+        yield
+        return
+
+    def load_line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
+        line: str = before(self, var, index, dtype, mask)
+        if mask is not None or self.tail_size or dtype != torch.int32:
+            return line
+        if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
+            return line  # the last vector would reach past the end
+        return line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
+
+    kernel._get_vec_load_line = load_line
+    try:
+        yield
+    finally:
+        kernel._get_vec_load_line = before
