@@ -80,16 +80,20 @@ def _one_by_one(start: str, pairs: list[tuple[str, str]], _: int) -> str:
 
 
 def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    """Of one vector of words, or of two where sixteen words fill as many."""
+    from torch._inductor.virtualized import V
 
-    width = pick_vec_isa().bit_width()
-    if width == 512 and torch.cpu._is_vnni_supported():
-        found = start
-        for code, number in pairs:
-            found = f"_mm512_dpbusd_epi32({found}, {code}, {number})"
-    else:
-        found = _by_sixteen_bits(start, pairs, bits, width)
-    return f"at::vec::Vectorized<int32_t>({found})"
+    width, count = V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32)
+    found = []
+    for part in [""] if count == 1 else [f"[{at}]" for at in range(count)]:
+        its = [(code + part, number + part) for code, number in pairs]
+        if width == 512 and torch.cpu._is_vnni_supported():
+            found.append(start + part)
+            for code, number in its:
+                found[-1] = f"_mm512_dpbusd_epi32({found[-1]}, {code}, {number})"
+        else:
+            found.append(_by_sixteen_bits(start + part, its, bits, width))
+    return f"{V.kernel._get_vec_type(torch.int32)}({', '.join(found)})"
 
 
 def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width: int) -> str:
