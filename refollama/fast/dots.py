@@ -47,8 +47,8 @@ def _(start: Tensor, codes: Sequence[Tensor], numbers: Sequence[Tensor], bits: i
 class Rounded:
     """Tokens in whole numbers.  G times M of them, N groups of 32 values each."""
 
-    whole: Tensor  # (G, M, N, 32) int32
-    unit: Tensor  # (G, M, N) float32: of one group
+    whole: Tensor  # (G, N, M, 32) int32
+    unit: Tensor  # (G, N, M) float32: of one group
     bytes: int  # of each number: 2, or 1
     _known: dict[int, Numbers] = field(default_factory=dict)
 
@@ -59,15 +59,15 @@ class Rounded:
         return self._known[group]
 
     def _numbers(self, group: int) -> Numbers:
-        G, M, N, _ = self.whole.shape
+        G, N, M, _ = self.whole.shape
         parts = GROUP // group
-        whole = self.whole.view(G, M, N, parts, group).permute(0, 2, 3, 1, 4)  # (G, N, parts, M, ·)
-        sums = once(whole.float().sum(-1).flatten(1))  # below 2 ^ 24: exact
-        units = self.unit[..., None].expand(G, M, N, parts).permute(0, 2, 3, 1)
+        n = N * parts
+        whole = self.whole.view(G, N, M, parts, group).transpose(2, 3)
+        sums = whole.float().sum(-1)  # below 2 ^ 24: exact
+        units = self.unit[:, :, None].expand(G, N, parts, M)
         high = whole + 128 >> 8
         its_bytes = (whole,) if self.bytes == 1 else (whole - (high << 8), high)
         words = torch.stack([_as_words(one) for one in its_bytes], -2)
-        n = N * parts
         return Numbers(
             once(words.flatten(1)).view(G, n, M, self.bytes, group // BYTES),
             sums.view(G, n, M),
@@ -87,17 +87,17 @@ class Numbers:
 def rounded(x: Tensor, groups: int, bytes: int = 2) -> Rounded:
     """Tokens in whole numbers of two bytes, or one.  x (G, M, in) float32, in = groups · 32"""
     G, M, _ = x.shape
-    values = x.view(G * M, groups, GROUP)
-    largest = once(values.abs().amax(-1)).clamp(min=TINY)
+    values = x.view(G, M, groups, GROUP).transpose(1, 2)
+    largest = values.abs().amax(-1).clamp(min=TINY)
     most = MOST << 8 * (bytes - 1)
-    whole = once(torch.round(values * (most / largest)[..., None]).int().flatten(1))
-    return Rounded(whole.view(G, M, groups, GROUP), (largest / most).view(G, M, groups), bytes)
+    whole = torch.round(values * (most / largest)[..., None]).int()
+    return Rounded(whole, largest / most, bytes)
 
 
 def _as_words(numbers: Tensor) -> Tensor:
     """Four bytes in each, a quarter of the numbers apart: so vectors of neighbours become vectors
     of words.  (…, n) int32 → (…, n / 4) int32"""
-    quarters = numbers.view(*numbers.shape[:-1], BYTES, numbers.shape[-1] // BYTES).unbind(-2)
+    quarters = numbers.reshape(*numbers.shape[:-1], BYTES, numbers.shape[-1] // BYTES).unbind(-2)
     one, two, three, four = quarters
     return one & 255 | (two & 255) << 8 | (three & 255) << 16 | four << 24
 

@@ -145,14 +145,15 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """q (B, H, D), keys (B, Hk, S, D), values (B, Hk, S, Dv), visible (B, S) → (B, H, Dv)
 
     Written as sums, not as products of matrices: so a compiler reads keys and values where they
-    lie, as they lie, once.
+    lie, as they lie, once for all heads that share them.
     """
     B, Hk, _, D = keys.shape
-    q = q.view(B, Hk, -1, 1, D)
-    scores = (q * keys[:, :, None].float()).sum(-1) / math.sqrt(D)  # (B, Hk, G, S)
-    shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
-    mixed = (shares[..., None] * values[:, :, None].float()).sum(-2)  # (B, Hk, G, Dv)
-    return mixed.flatten(1, 2)
+    keys, values = keys.float(), values.float()
+    heads = q.view(B, Hk, -1, 1, D).unbind(2)  # G times (B, Hk, 1, D)
+    scores = torch.stack([(one * keys).sum(-1) for one in heads], 2) / math.sqrt(D)
+    shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)  # (B, Hk, G, S)
+    mixed = [(share[..., None] * values).sum(-2) for share in shares.unbind(2)]  # (B, Hk, Dv)
+    return torch.stack(mixed, 2).flatten(1, 2)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
