@@ -17,9 +17,9 @@
          copies, after it  ── mapped from where they were kept (copies.py)
 
 Only a few tokens at a time are rounded, as when answers are written: each step needs all weights
-for itself; and where products are compiled, not even those. Prompts are read in lanes, too, where
-there are any, and else in slabs: as on the plain path, but for the order of sums; and so is
-everything that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
+for itself. Where products are compiled tokens have 16 bits (dots.py, instructions.py), those of
+prompts as well. Other prompts go in slabs: as on the plain path, but for the order of sums; and so
+does everything that is done `with exactly():`, as `llm.logits`, `score` and `embed` do.
 """
 
 from refollama.fast.choice import (

@@ -63,14 +63,10 @@ class Rounded:
         parts = GROUP // group
         n = N * parts
         whole = self.whole.view(G, N, M, parts, group).transpose(2, 3)
-        sums = whole.float().sum(-1)  # below 2 ^ 24: exact
         units = self.unit[:, :, None].expand(G, N, parts, M)
-        high = whole + 128 >> 8
-        its_bytes = (whole,) if self.bytes == 1 else (whole - (high << 8), high)
-        words = torch.stack([_as_words(one) for one in its_bytes], -2)
         return Numbers(
-            once(words.flatten(1)).view(G, n, M, self.bytes, group // BYTES),
-            sums.view(G, n, M),
+            once(in_bytes(whole, self.bytes).flatten(1)).view(G, n, M, self.bytes, group // BYTES),
+            whole.float().sum(-1).view(G, n, M),  # below 2 ^ 24: exact
             once(units.flatten(1)).view(G, n, M),
         )
 
@@ -88,18 +84,29 @@ def rounded(x: Tensor, groups: int, bytes: int = 2) -> Rounded:
     """Tokens in whole numbers of two bytes, or one.  x (G, M, in) float32, in = groups · 32"""
     G, M, _ = x.shape
     values = x.view(G, M, groups, GROUP).transpose(1, 2)
-    largest = values.abs().amax(-1).clamp(min=TINY)
+    return Rounded(*whole_numbers(values, bytes), bytes)
+
+
+def whole_numbers(x: Tensor, bytes: int) -> tuple[Tensor, Tensor]:
+    """x ≈ unit · n, the largest n of each row has all bits: (…, n) → (…, n) int32, (…) float32"""
+    largest = x.abs().amax(-1).clamp(min=TINY)
     most = MOST << 8 * (bytes - 1)
-    whole = torch.round(values * (most / largest)[..., None]).int()
-    return Rounded(whole, largest / most, bytes)
+    return torch.round(x * (most / largest)[..., None]).int(), largest / most
 
 
-def _as_words(numbers: Tensor) -> Tensor:
-    """Four bytes in each, a quarter of the numbers apart: so vectors of neighbours become vectors
-    of words.  (…, n) int32 → (…, n / 4) int32"""
-    quarters = numbers.reshape(*numbers.shape[:-1], BYTES, numbers.shape[-1] // BYTES).unbind(-2)
-    one, two, three, four = quarters
-    return one & 255 | (two & 255) << 8 | (three & 255) << 16 | four << 24
+def in_bytes(whole: Tensor, bytes: int) -> Tensor:
+    """Four bytes in each word, the low ones of all numbers before the high ones.
+
+    Those of a word are a quarter of the row apart: so vectors of neighbours become vectors of
+    words.  (…, n) int32 → (…, bytes, n / 4) int32
+    """
+    high = whole + 128 >> 8
+    found = []
+    for one in (whole,) if bytes == 1 else (whole - (high << 8), high):
+        quarters = one.reshape(*one.shape[:-1], BYTES, one.shape[-1] // BYTES).unbind(-2)
+        words = [(its & 255) << up for its, up in zip(quarters, range(0, 32, 8), strict=True)]
+        found.append(words[0] | words[1] | words[2] | words[3])
+    return torch.stack(found, -2)
 
 
 def once(x: Tensor) -> Tensor:

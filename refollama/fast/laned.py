@@ -53,7 +53,8 @@ class LaneLinear(PreparedLinear):
             return by_slabs(self, x)
         made, given = self.prepared(), filled(rows, together).view(-1, together, x.shape[-1])
         some = torch.split(given, MANY // together if together > 1 else 1)
-        y = torch.cat([routine([one, *made])[0].flatten(0, 1) for one in some])
+        found = [routine([one, *made])[0].flatten(0, 1) for one in some]
+        y = found[0] if len(found) == 1 else torch.cat(found)
         y = y[: len(rows)].view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

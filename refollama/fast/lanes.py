@@ -25,13 +25,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from refollama.fast.dots import BYTES, Rounded, dots, once
+from refollama.fast.dots import BYTES, Rounded, dots, in_bytes, once, whole_numbers
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 
 LANES = 16  # rows: one vector of words where vectors have 512 bits, two of 256
 WORD = 32  # bits
+LEAST = 6  # bits of the largest least
 
 Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups), −128 to 127
 
@@ -162,7 +163,6 @@ def laid(weight: Tensor, kind: str) -> list[Tensor]:
     m, least = None, code.least and code.least(blocks)
     if code.m is not None:
         m = numbers(blocks, code.m, code.m + 2, torch.float16)
-        m = m if code.least else -m  # what Q4_1 and Q5_1 add, others take away
     q = _in_lanes(_codes_of(blocks, kind, s).view(r, -1, code.group))
     steps = d[:, 0], s, None if m is None else m[:, 0], least
     small = [_in_lanes(one.reshape(r, -1, *one.shape[1:])) for one in steps if one is not None]
@@ -202,12 +202,12 @@ def _words(q: Tensor, code: Code) -> Tensor:
 
 
 def _four(small: Tensor) -> Tensor:
-    """(T, B, S, 16) → (T, B, S / 4, 16) int32: the lowest byte is the first of four.
+    """(T, B, S, 16) → (T, B, S / 4, 16) int32, of bytes that are a quarter of a block apart.
 
     Vectors of words are loaded as they lie; half-filled vectors of bytes, number by number.
     """
-    bytes = small.to(torch.int8).view(*small.shape[:2], -1, BYTES, LANES).movedim(3, -1)
-    return bytes.contiguous().view(torch.int32).squeeze(-1)
+    quarters = small.to(torch.int8).view(*small.shape[:2], BYTES, -1, LANES)
+    return quarters.movedim(2, -1).contiguous().view(torch.int32).squeeze(-1)
 
 
 # ── multiplying ───────────────────────────────────────────────────────────────────────────────
@@ -221,52 +221,65 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     code, (words, *small) = CODE[kind], made
     its = x.by(code.group)
     (G, _, M), (T, B) = its.sums.shape, small[0].shape[:2]
-    steps = BYTES if code.s else 1  # that lie in a word
-    inner = B, BLOCKS[TYPE_ID[kind]].values // code.group // steps, steps
+    groups = BLOCKS[TYPE_ID[kind]].values // code.group
+    inner = (B, BYTES, groups // BYTES) if code.s else (B, 1, groups)  # as steps lie in words
     size = T, G, *inner, LANES  # sixteen rows are read for all tokens, then the next sixteen
     each = words.view(T, 1, *inner, code.group * code.bits // WORD, LANES).unbind(-2)
     codes = [_bytes(each, one).expand(size) for one in pieces_of(code.bits, code.group)]
-    step, low = _steps(code, small)
-
-    def by_token(numbers: Tensor) -> Sequence[Tensor]:
-        """(G, N, M) → M times (1, G, B, words, steps, 1)"""
-        return numbers.view(1, G, *inner, M, 1).unbind(-2)
-
+    step = small.pop(0)[:, None, :, None, None].float()
+    if code.s:
+        step = step * _each_byte(small.pop(0))[:, None]
     # Σ (q − middle) · n begins at −middle · Σ n, so that q need not be moved.
-    starts = by_token(once((its.sums * -code.middle).int().flatten(1)))
+    starts = once((its.sums * -code.middle).int().flatten(1)).view(1, G, *inner, M, 1).unbind(-2)
+    units = its.units.view(1, G, *inner, M, 1).unbind(-2)
     numbers = its.words.view(1, G, *inner, M, x.bytes, len(codes), 1).unbind(-4)
-    found = []
-    for start, unit, token in zip(starts, by_token(its.units), numbers, strict=True):
-        low_bytes, *high_bytes = token.expand(*size[:-1], x.bytes, len(codes), LANES).unbind(-3)
-        total = dots(start.expand(size), codes, low_bytes.unbind(-2), code.bits)
-        for one in high_bytes:
-            nothing = torch.zeros_like(total)
-            total = total + (dots(nothing, codes, one.unbind(-2), code.bits) << 8)
-        found.append((total.float() * (step[:, None] * unit)).sum((2, 3, 4)))  # (T, G, 16)
-    y = torch.stack(found)
-    if low is not None:
-        lows = by_token(once((its.sums * its.units).flatten(1)))
-        y = y - torch.stack([(low[:, None] * one).sum((2, 3, 4)) for one in lows])
-    return y.permute(2, 0, 1, 3).flatten(2)
+    found = [
+        (sum_of(codes, one, start.expand(size), code.bits) * (step * unit)).sum((2, 3, 4))
+        for start, unit, one in zip(starts, units, numbers, strict=True)
+    ]  # (T, G, 16) each
+    if code.m is not None:
+        lows = _lows(its.sums * its.units, small, groups)
+        found = [one - low for one, low in zip(found, lows, strict=True)]
+    return torch.stack(found).permute(2, 0, 1, 3).flatten(2)
 
 
-def _steps(code: Code, small: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a group's codes are multiplied by, and what is taken away, if anything:
-    (T, B, words, groups of a word, 16)"""
-    d, *others = small
-    step = d[:, :, None, None].float()
-    if code.s is not None:
-        step = step * _each_byte(others.pop(0))
-    if code.m is None:
-        return step, None
-    low = others[0][:, :, None, None].float()
-    return step, low if code.least is None else low * _each_byte(others[1])
+def sum_of(codes: Sequence[Tensor], numbers: Tensor, start: Tensor, bits: int) -> Tensor:
+    """start + Σ code · n, for numbers of one byte or two.  numbers: (…, bytes, words, 1) int32"""
+    size = *start.shape[:-1], *numbers.shape[-3:-1], start.shape[-1]
+    low, *high = (one.unbind(-2) for one in numbers.expand(size).unbind(-3))
+    total = dots(start, codes, low, bits)
+    for one in high:
+        total = total + (dots(torch.zeros_like(start), codes, one, bits) << 8)
+    return total.float()
+
+
+def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """What is taken away from each of M tokens, Σ m · least · Σ x: sums of the token are made into
+    whole numbers as well, block by block, and least are bytes that are multiplied by them.
+
+    sums (G, N, M) → M times (T, G, 16)
+    """
+    (T, B), (G, _, M) = small[0].shape[:2], sums.shape
+    m = small[0][:, None].float()  # (T, 1, B, 16)
+    if len(small) == 1:
+        each = once(sums.flatten(1)).view(1, G, B, groups, M, 1).unbind(-2)
+        return [-(m[:, :, :, None] * one).sum((2, 3)) for one in each]
+    size = T, G, B, LANES
+    whole, unit = whole_numbers(sums.view(G, B, groups, M).transpose(2, 3), 2)
+    words = once(in_bytes(whole, 2).flatten(1)).view(1, G, B, M, 2, groups // BYTES, 1)
+    units = once(unit.flatten(1)).view(1, G, B, M, 1).unbind(-2)
+    least = [one.expand(size) for one in small[1][:, None].unbind(-2)]
+    nothing = least[0].new_zeros(()).expand(size)
+    return [
+        (sum_of(least, one, nothing, LEAST) * (m * its)).sum(2)
+        for one, its in zip(words.unbind(3), units, strict=True)
+    ]
 
 
 def _each_byte(words: Tensor) -> Tensor:
-    """(T, B, W, 16) int32 → (T, B, W, 4, 16) float32"""
-    above = torch.arange(WORD - 8, -1, -8, dtype=torch.int32)[:, None]  # bits above each
-    return (words.unsqueeze(-2) << above >> WORD - 8).float()
+    """(T, B, W, 16) int32 → (T, B, 4, W, 16) float32"""
+    above = torch.arange(WORD - 8, -1, -8, dtype=torch.int32)[:, None, None]  # bits above each
+    return (words[:, :, None] << above >> WORD - 8).float()
 
 
 def _bytes(words: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:

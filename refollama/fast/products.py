@@ -7,7 +7,7 @@
 
 A processor with units for one of the small kinds (int8: AVX-512 VNNI, AVX-VNNI, AMX; bfloat16:
 AVX-512 BF16, AMX) multiplies by it several times as fast; others gain nothing, or lose. So this is
-an option, `prompt_bits`.
+an option, `prompt_bits`. (Matrices in lanes have 8 bits with a step for each 32 values: `dots.py`.)
 Source of the last: Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, equation 4, there called
 vector-wise.  llama.cpp does the like for each 32 values.
 """

@@ -42,11 +42,13 @@ def value(made, kind, row, column):
         word = int(made[0][tile, group, one.word, lane]) & 0xFFFFFFFF
         q |= (word >> 8 * byte + one.shift & one.mask) << one.base
     small = [one[tile, ..., lane].numpy() for one in made[1:]]
-    block, part = divmod(group, LAYOUTS[TYPE_ID[kind]].block.values // code.group)
+    groups = LAYOUTS[TYPE_ID[kind]].block.values // code.group
+    block, part = divmod(group, groups)
+    at = part // (groups // 4) + part % (groups // 4) * 4 if groups > 1 else 0
     d = np.float32(small.pop(0)[block])
-    s = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[part] if code.s else 1)
+    s = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[at] if code.s else 1)
     m = np.float32(small.pop(0)[block] if small else 0)
-    least = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[part] if small else 1)
+    least = np.float32(np.frombuffer(small.pop(0)[block].tobytes(), np.int8)[at] if small else -1)
     assert not small
     return d * s * np.float32(q - code.middle) - m * least
 
