@@ -19,28 +19,32 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # values of a token that share a unit
+WORD = 32  # bits
 BYTES = 4  # of a word
 MOST = 127  # of a byte; −128 would have no counterpart
 TINY = 1e-30  # a group of nothing but zeros has a unit, too
 
 
 @torch.library.custom_op("refollama::dots", mutates_args=())
-def dots(start: Tensor, codes: Sequence[Tensor], numbers: Sequence[Tensor], bits: int) -> Tensor:
-    """start + Σ over pairs of words, over their four bytes:  code · number.
+def dots(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> Tensor:
+    """start + Σ over words, over their four bytes:  code · n.
 
     Compiled, it is some instructions of the processor (`instructions.py`).
-    All are int32 and of one shape. codes: bytes from 0 to 2 ^ bits − 1; numbers: −128 to 127.
+    start (…, L) int32; codes: W times (…, L) int32, bytes from 0 to 2 ^ bits − 1; numbers
+    (…, bytes, W) int32, as `in_bytes` makes them, one for all L → (…, L) int32. Sizes of 1 stretch.
     """
-    found = start.clone()
-    for four, others in zip(codes, numbers, strict=True):
-        for up in range(0, 8 * BYTES, 8):
-            found += (four >> up & 255) * (others << 24 - up >> 24)
+    found = start
+    for at, word in enumerate(codes):
+        for byte, its in enumerate(numbers[..., at].unbind(-1)):
+            for up in range(0, WORD, 8):
+                n = its[..., None] << WORD - 8 - up >> WORD - 8
+                found = found + ((word >> up & 255) * n << 8 * byte)
     return found
 
 
 @dots.register_fake
-def _(start: Tensor, codes: Sequence[Tensor], numbers: Sequence[Tensor], bits: int) -> Tensor:
-    return start.new_empty(start.shape)
+def _(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> Tensor:
+    return start + codes[0] + numbers[..., 0, :1]  # of the same shape
 
 
 @dataclass
@@ -104,7 +108,7 @@ def in_bytes(whole: Tensor, bytes: int) -> Tensor:
     found = []
     for one in (whole,) if bytes == 1 else (whole - (high << 8), high):
         quarters = one.reshape(*one.shape[:-1], BYTES, one.shape[-1] // BYTES).unbind(-2)
-        words = [(its & 255) << up for its, up in zip(quarters, range(0, 32, 8), strict=True)]
+        words = [(its & 255) << up for its, up in zip(quarters, range(0, WORD, 8), strict=True)]
         found.append(words[0] | words[1] | words[2] | words[3])
     return torch.stack(found, -2)
 

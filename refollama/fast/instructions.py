@@ -36,38 +36,68 @@ def has_dots() -> bool:
 def teach() -> None:
     """torch's compiler what `dots` is."""
     from torch._inductor.codegen.cpp import CppOverrides, CppVecOverrides
-    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.lowering import register_lowering
     from torch._inductor.utils import register_op_dtype_propagation_rules
-    from torch._inductor.virtualized import ops
     from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND
 
-    def name(bits: int) -> str:
-        return f"dots_of_{bits}_bits"
-
-    def lower(start: Any, codes: Sequence[Any], numbers: Sequence[Any], bits: int) -> Any:
-        def each(*given: Any) -> Any:
-            return getattr(ops, name(bits))(*given)
-
-        return make_pointwise(each)(start, *codes, *numbers)
-
-    lowering: Any = register_lowering(torch.ops.refollama.dots.default, type_promotion_kind=None)
-    lowering(lower)
+    register_lowering(torch.ops.refollama.dots.default, type_promotion_kind=None)(_lowered)
     for bits in range(1, 9):
         kind = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
-        register_op_dtype_propagation_rules(name(bits), kind, torch.int32)
+        register_op_dtype_propagation_rules(_name(bits), kind, torch.int32)
         for overrides, write in ((CppOverrides, _one_by_one), (CppVecOverrides, _vectors)):
-            setattr(overrides, name(bits), staticmethod(_expression(name(bits), write, bits)))
+            setattr(overrides, _name(bits), staticmethod(_expression(bits, write)))
+
+
+def _name(bits: int) -> str:
+    """Of what adds up products of codes of so many bits, and numbers of one byte."""
+    return f"dots_of_{bits}_bits"
+
+
+def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
+    """`dots`, as each of its numbers is computed."""
+    from torch._inductor.ir import Pointwise
+    from torch._inductor.virtualized import ops
+
+    *sizes, count, W = numbers.get_size()
+
+    def one(index: Sequence[Any]) -> Any:
+        words, found = [_at(index, code) for code in codes], _at(index, start)
+        load, place = numbers.make_loader(), _stretched(index, sizes)
+        for byte in range(count):
+            its = [load([*place, byte, word]) for word in range(W)]
+            before = ops.constant(0, torch.int32) if byte else found
+            sums = getattr(ops, _name(bits))(before, *words, *its)
+            up = ops.constant(8 * byte, torch.int32)
+            found = ops.add(found, ops.bitwise_left_shift(sums, up)) if byte else sums
+        return found
+
+    ranges = [
+        other if size == 1 else size
+        for size, other in zip(codes[0].get_size(), [*sizes, 1], strict=True)
+    ]
+    return Pointwise.create(
+        device=start.get_device(), dtype=torch.int32, inner_fn=one, ranges=ranges
+    )
+
+
+def _at(index: Sequence[Any], tensor: Any) -> Any:
+    sizes = tensor.get_size()
+    return tensor.make_loader()(_stretched(index[len(index) - len(sizes) :], sizes))
+
+
+def _stretched(index: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+    return [0 if size == 1 else at for size, at in zip(sizes, index, strict=False)]
 
 
 def _expression(
-    name: str, write: Callable[[str, list[tuple[str, str]], int], str], bits: int
+    bits: int, write: Callable[[str, list[tuple[str, str]], int], str]
 ) -> Callable[..., str]:
     def expression(start: object, *others: object) -> str:
         words = [str(one) for one in others]
         pairs = zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True)
         return write(str(start), list(pairs), bits)
 
-    expression.__name__ = name
+    expression.__name__ = _name(bits)
     return expression
 
 

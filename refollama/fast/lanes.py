@@ -25,13 +25,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from refollama.fast.dots import BYTES, Rounded, dots, in_bytes, once, whole_numbers
+from refollama.fast.dots import BYTES, WORD, Rounded, dots, in_bytes, once, whole_numbers
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 
 LANES = 16  # rows: one vector of words where vectors have 512 bits, two of 256
-WORD = 32  # bits
 LEAST = 6  # bits of the largest least
 
 Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups), −128 to 127
@@ -223,18 +222,18 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     (G, _, M), (T, B) = its.sums.shape, small[0].shape[:2]
     groups = BLOCKS[TYPE_ID[kind]].values // code.group
     inner = (B, BYTES, groups // BYTES) if code.s else (B, 1, groups)  # as steps lie in words
-    size = T, G, *inner, LANES  # sixteen rows are read for all tokens, then the next sixteen
+    # Sixteen rows are read for all tokens, then the next sixteen.
     each = words.view(T, 1, *inner, code.group * code.bits // WORD, LANES).unbind(-2)
-    codes = [_bytes(each, one).expand(size) for one in pieces_of(code.bits, code.group)]
+    codes = [_bytes(each, one) for one in pieces_of(code.bits, code.group)]
     step = small.pop(0)[:, None, :, None, None].float()
     if code.s:
         step = step * _each_byte(small.pop(0))[:, None]
     # Σ (q − middle) · n begins at −middle · Σ n, so that q need not be moved.
     starts = once((its.sums * -code.middle).int().flatten(1)).view(1, G, *inner, M, 1).unbind(-2)
     units = its.units.view(1, G, *inner, M, 1).unbind(-2)
-    numbers = its.words.view(1, G, *inner, M, x.bytes, len(codes), 1).unbind(-4)
+    numbers = its.words.view(1, G, *inner, M, x.bytes, len(codes)).unbind(-3)
     found = [
-        (sum_of(codes, one, start.expand(size), code.bits) * (step * unit)).sum((2, 3, 4))
+        (dots(start, codes, one, code.bits).float() * (step * unit)).sum((2, 3, 4))
         for start, unit, one in zip(starts, units, numbers, strict=True)
     ]  # (T, G, 16) each
     if code.m is not None:
@@ -243,36 +242,25 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     return torch.stack(found).permute(2, 0, 1, 3).flatten(2)
 
 
-def sum_of(codes: Sequence[Tensor], numbers: Tensor, start: Tensor, bits: int) -> Tensor:
-    """start + Σ code · n, for numbers of one byte or two.  numbers: (…, bytes, words, 1) int32"""
-    size = *start.shape[:-1], *numbers.shape[-3:-1], start.shape[-1]
-    low, *high = (one.unbind(-2) for one in numbers.expand(size).unbind(-3))
-    total = dots(start, codes, low, bits)
-    for one in high:
-        total = total + (dots(torch.zeros_like(start), codes, one, bits) << 8)
-    return total.float()
-
-
 def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:
     """What is taken away from each of M tokens, Σ m · least · Σ x: sums of the token are made into
     whole numbers as well, block by block, and least are bytes that are multiplied by them.
 
     sums (G, N, M) → M times (T, G, 16)
     """
-    (T, B), (G, _, M) = small[0].shape[:2], sums.shape
+    B, (G, _, M) = small[0].shape[1], sums.shape
     m = small[0][:, None].float()  # (T, 1, B, 16)
     if len(small) == 1:
         each = once(sums.flatten(1)).view(1, G, B, groups, M, 1).unbind(-2)
         return [-(m[:, :, :, None] * one).sum((2, 3)) for one in each]
-    size = T, G, B, LANES
     whole, unit = whole_numbers(sums.view(G, B, groups, M).transpose(2, 3), 2)
-    words = once(in_bytes(whole, 2).flatten(1)).view(1, G, B, M, 2, groups // BYTES, 1)
+    numbers = once(in_bytes(whole, 2).flatten(1)).view(1, G, B, M, 2, groups // BYTES).unbind(3)
     units = once(unit.flatten(1)).view(1, G, B, M, 1).unbind(-2)
-    least = [one.expand(size) for one in small[1][:, None].unbind(-2)]
-    nothing = least[0].new_zeros(()).expand(size)
+    least = small[1][:, None].unbind(-2)
+    nothing = torch.zeros(1, dtype=torch.int32)
     return [
-        (sum_of(least, one, nothing, LEAST) * (m * its)).sum(2)
-        for one, its in zip(words.unbind(3), units, strict=True)
+        (dots(nothing, least, one, LEAST).float() * (m * its)).sum(2)
+        for one, its in zip(numbers, units, strict=True)
     ]
 
 
