@@ -24,6 +24,8 @@ import torch
 from refollama.fast.dots import BYTES
 
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
+TILE_LOOPS = 3  # over rows, sixteen of them, and blocks
+AHEAD = 2048  # words
 HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
 
 
@@ -155,12 +157,16 @@ def _widened(start: str, pairs: list[tuple[str, str]], bits: int, width: int, ti
 
 @contextmanager
 def whole_vectors() -> Iterator[None]:
-    """Whole numbers that fill a vector are loaded at once.
+    """Whole numbers that fill a vector are loaded at once, and what is wanted soon is asked for.
 
     torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
     header, told so, copies them to the stack, and waits for them there: three quarters of the time
     of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
     on doing so.
+
+    And one loop that runs through sixteen rows is sooner done with them than memory brings the next
+    (Q4_0: a tenth of the time, on Zen 4). Where steps of groups make it three loops, as in types
+    like Q4_K, it is not.
     """
     from torch._inductor.codegen.cpp import CppVecKernel
 
@@ -176,7 +182,12 @@ def whole_vectors() -> Iterator[None]:
             return line
         if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
             return line  # the last vector would reach past the end
-        return line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
+        line = line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
+        loops = [one for one in index.free_symbols if str(one).startswith("x")]
+        if len(loops) != TILE_LOOPS:
+            return line
+        place = line.partition("loadu(")[2].removesuffix(")")
+        return f"(__builtin_prefetch({place} + {AHEAD}), {line})"
 
     kernel._get_vec_load_line = load_line
     try:

@@ -1,0 +1,108 @@
+"""Tokens in whole numbers: what is lost, where each byte lies, and sums that are exact."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refollama.fast.dots import MOST, dots, in_bytes, rounded, whole_numbers
+from refollama.fast.instructions import has_dots
+from refollama.fast.routines import _opened, compile_to
+
+GROUP, LANES = 32, 16
+SIZES = {"codes": (3, 1, 5, LANES), "numbers": (1, 2, 5, 2, 8)}  # tiles, tokens, groups
+
+
+def case(bits, seed=0):
+    """start, eight words of codes, numbers of two bytes: the largest and smallest among them."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << bits, size=(8, *SIZES["codes"], 4)).astype(np.uint8)
+    codes[0] = (1 << bits) - 1
+    numbers = rng.integers(-128, 128, size=(*SIZES["numbers"], 4)).astype(np.int8)
+    numbers[:, :, :2] = np.array([-128, 127])[:, None, None, None]
+    start = rng.integers(-1000, 1000, size=(1, 2, 5, 1)).astype(np.int32)
+    return start, codes, numbers
+
+
+def slowly(start, codes, numbers):
+    """What `dots` is, in float64: (3, 2, 5, 16)"""
+    low, high = np.moveaxis(numbers.astype(float), 3, 0)
+    n = (low + 256 * high)[:, :, :, None]  # (1, 2, 5, 1, 8, 4)
+    return start + (np.moveaxis(codes.astype(float), 0, -2) * n).sum((-1, -2))
+
+
+def words(bytes):
+    """(…, 4) → (…) int32"""
+    return torch.from_numpy(np.ascontiguousarray(bytes).view(np.int32)[..., 0])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_sum_is_that_of_all_bytes(bits):
+    start, codes, numbers = case(bits)
+    found = dots(torch.from_numpy(start), [*words(codes)], words(numbers), bits)
+    assert found.dtype == torch.int32
+    assert np.array_equal(found.numpy(), slowly(start, codes, numbers))
+
+
+@pytest.mark.parametrize("bytes", [1, 2])
+@given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=GROUP, max_size=GROUP))
+def test_a_whole_number_is_off_by_half_a_unit(bytes, values):
+    x = torch.tensor(values).float()
+    n, unit = whole_numbers(x, bytes)
+    most = MOST << 8 * (bytes - 1)
+    assert n.abs().max() <= most
+    assert (n * unit.double() - x.double()).abs().max() <= 0.51 * unit.double()
+    assert x.abs().max() < 1e-25 or n.abs().max() == most
+
+
+@pytest.mark.parametrize("bytes", [1, 2])
+@pytest.mark.parametrize("count", [8, 16, GROUP])
+def test_each_byte_has_its_place(bytes, count):
+    most = MOST << 8 * (bytes - 1)
+    n = torch.from_numpy(np.random.default_rng(0).integers(-most, most + 1, (7, count)))
+    n[0, :2] = torch.tensor([-most, most])
+    found = in_bytes(n.int(), bytes).numpy()
+    assert found.shape == (7, bytes, count // 4)
+    signed = found[..., None].view(np.int8).astype(int)  # (7, bytes, words, 4)
+    back = sum(signed[:, byte] << 8 * byte for byte in range(bytes))
+    assert np.array_equal(np.swapaxes(back, 1, 2).reshape(7, count), n.numpy())
+
+
+def test_what_is_not_a_number_stays_none():
+    x = torch.randn(1, 3, 2 * GROUP)
+    x[0, 1, 40] = torch.nan
+    unit = rounded(x, 2).unit
+    assert unit.isnan().tolist() == [[[False] * 3, [False, True, False]]]
+
+
+class Sums(torch.nn.Module):
+    """`dots` of codes of all sizes, as it is compiled."""
+
+    def forward(self, start, numbers, *codes):
+        found = [dots(start, [*one.unbind()], numbers, bits + 1) for bits, one in enumerate(codes)]
+        return torch.stack(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_dots(), reason="needs AVX2")
+@pytest.mark.parametrize("vectors", [256, 512])
+def test_instructions_compute_the_same(vectors, tmp_path):
+    """Those for vectors of either size, if this processor has them."""
+    if vectors == 512 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("needs AVX-512")
+    cases = [case(bits) for bits in range(1, 9)]
+    start, _, numbers = cases[0]
+    codes = [words(one[1]) for one in cases]
+    inputs = torch.from_numpy(start), words(numbers), *codes
+    with torch._inductor.config.patch({"cpp.simdlen": vectors}):
+        compile_to(tmp_path / "sums.pt2", Sums(), inputs, (None, None, (None,) * 8))
+    routine = _opened(tmp_path / "sums.pt2", "cpu")
+    assert routine is not None
+    [found] = routine([*inputs])
+    for one, (_, its_codes, _) in zip(found, cases, strict=True):
+        assert np.array_equal(one.numpy(), slowly(start, its_codes, numbers))
