@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import refollama
+from refollama.fable.bundled import FOLDER
+from refollama.fable.lessons import conversation
+from refollama.fable.vocabulary import written
 from refollama.fast import exactly, has_routines, hasten, lacking, reading, warm
 from refollama.fast.choice import copied_bytes
 from refollama.fast.experts import FastExperts
@@ -19,9 +23,12 @@ from refollama.fast.nibbles import Int4Linear
 from refollama.fast.routines import forget
 from refollama.fast.slabs import by_slabs
 from refollama.models.load import load_net
+from refollama.quantize import plan
+from refollama.weights import open_gguf
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 from tests.fast.test_fast import part, random_rows, tokens
+from tests.models.test_llama import all_logits
 from tests.tiny import write_model
 from tests.weights.test_quants import random_blocks
 
@@ -154,13 +161,13 @@ def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
     assert not any(isinstance(one, LaneLinear) for one in before)
 
 
-def eager(kind, sizes=None):
+def eager(kind, sizes=None, bytes=2):
     """What is compiled, uncompiled; it notes how many tokens it is given."""
 
     def routine(given):
         if sizes is not None:
             sizes.append(given[0].shape[:2])
-        return [Product(kind, 2)(*given)]
+        return [Product(kind, bytes)(*given)]
 
     return routine
 
@@ -215,6 +222,29 @@ def test_what_is_exact_rounds_nothing(place, monkeypatch):
             found = ours(tokens(count))
         assert torch.equal(found, by_slabs(part("Q4_0"), tokens(count)))
         assert not torch.equal(found, ours(tokens(count)))
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize(("bits", "most"), [(32, 1e-7), (8, 2e-3)])
+def test_a_talk_is_as_likely_to_lanes(place, monkeypatch, tmp_path, type, bits, most, measured):
+    """fable itself, packed as this type: mean KL of the next token's distribution, over a talk that
+    it never saw."""
+    path, routine = tmp_path / "fable.gguf", eager(type, bytes=1 if bits == 8 else 2)
+    with open_gguf(FOLDER / "fable" / "fable.gguf") as file:
+        plan(file, type, again=True).write(path)
+    monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: routine)
+    with refollama.load(path) as llm, torch.no_grad():
+        parts = [part for part in llm.net.modules() if isinstance(part, LaneLinear)]
+        ids = llm.tokenizer.encode(written(conversation(1, 0, held=True)), bos=True, special=True)
+        with exactly():
+            plain = all_logits(llm.net, ids).double().log_softmax(-1)
+        with reading(bits):
+            ours = all_logits(llm.net, ids).double().log_softmax(-1)
+    assert parts
+    kl = (plain.exp() * (plain - ours)).sum(-1).mean().item()
+    assert 0 < kl < most
+    name = f"fable as {type}, {NAME[1 if bits == 8 else 2]}"
+    measured("fast parts", name, "plain path, KL", kl, len(ids))
 
 
 def test_experts_are_laid_as_well(place, monkeypatch, tmp_path):
