@@ -4,7 +4,7 @@
     four codes of a row       a word of 32 bits
     dots                      a sum + code · byte, four products for each pair of words
 
-So a token has 16 bits, the largest of each 32 values all of them: a product is off by 0.00002,
+So a token has 16 bits, the largest of each 32 values all of them: a product is off by some 0.00003,
 where keys and values in float16 are off by ten times as much. All sums of 32 are whole numbers,
 and exact. With one byte a product is off by 0.5 %: that is what llama.cpp does, with its Q8_0 for
 tokens; its kernels for AVX2 and VNNI multiply as `dots` does.
@@ -31,7 +31,9 @@ def dots(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> 
 
     Compiled, it is some instructions of the processor (`instructions.py`).
     start (…, L) int32; codes: W times (…, L) int32, bytes from 0 to 2 ^ bits − 1; numbers
-    (…, bytes, W) int32, as `in_bytes` makes them, one for all L → (…, L) int32. Sizes of 1 stretch.
+    (…, nbytes, W) int32, as `in_bytes` makes them, one for all L → (…, L) int32. Sizes of 1
+    stretch.
+    A code that is larger than its bits say would overflow, on some processors.
     """
     found = start
     for at, word in enumerate(codes):
@@ -53,7 +55,7 @@ class Rounded:
 
     whole: Tensor  # (G, N, M, 32) int32
     unit: Tensor  # (G, N, M) float32: of one group
-    bytes: int  # of each number: 2, or 1
+    nbytes: int  # of each number: 2, or 1
     _known: dict[int, Numbers] = field(default_factory=dict)
 
     def by(self, group: int) -> Numbers:
@@ -69,7 +71,9 @@ class Rounded:
         whole = self.whole.view(G, N, M, parts, group).transpose(2, 3)
         units = self.unit[:, :, None].expand(G, N, parts, M)
         return Numbers(
-            once(in_bytes(whole, self.bytes).flatten(1)).view(G, n, M, self.bytes, group // BYTES),
+            once(in_bytes(whole, self.nbytes).flatten(1)).view(
+                G, n, M, self.nbytes, group // BYTES
+            ),
             whole.float().sum(-1).view(G, n, M),  # below 2 ^ 24: exact
             once(units.flatten(1)).view(G, n, M),
         )
@@ -79,34 +83,34 @@ class Rounded:
 class Numbers:
     """What is multiplied together lies together, for N groups as codes have them."""
 
-    words: Tensor  # (G, N, M, bytes of a number, group / 4) int32: first of the low bytes
+    words: Tensor  # (G, N, M, nbytes, group / 4) int32: first of the low bytes
     sums: Tensor  # (G, N, M) float32: of a group's whole numbers
     units: Tensor  # (G, N, M) float32
 
 
-def rounded(x: Tensor, groups: int, bytes: int = 2) -> Rounded:
+def rounded(x: Tensor, groups: int, nbytes: int = 2) -> Rounded:
     """Tokens in whole numbers of two bytes, or one.  x (G, M, in) float32, in = groups · 32"""
     G, M, _ = x.shape
     values = x.view(G, M, groups, GROUP).transpose(1, 2)
-    return Rounded(*whole_numbers(values, bytes), bytes)
+    return Rounded(*whole_numbers(values, nbytes), nbytes)
 
 
-def whole_numbers(x: Tensor, bytes: int) -> tuple[Tensor, Tensor]:
+def whole_numbers(x: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
     """x ≈ unit · n, the largest n of each row has all bits: (…, n) → (…, n) int32, (…) float32"""
     largest = x.abs().amax(-1).clamp(min=TINY)
-    most = MOST << 8 * (bytes - 1)
+    most = MOST << 8 * (nbytes - 1)
     return torch.round(x * (most / largest)[..., None]).int(), largest / most
 
 
-def in_bytes(whole: Tensor, bytes: int) -> Tensor:
+def in_bytes(whole: Tensor, nbytes: int) -> Tensor:
     """Four bytes in each word, the low ones of all numbers before the high ones.
 
     Those of a word are a quarter of the row apart: so vectors of neighbours become vectors of
-    words.  (…, n) int32 → (…, bytes, n / 4) int32
+    words.  (…, n) int32 → (…, nbytes, n / 4) int32
     """
     high = whole + 128 >> 8
     found = []
-    for one in (whole,) if bytes == 1 else (whole - (high << 8), high):
+    for one in (whole,) if nbytes == 1 else (whole - (high << 8), high):
         quarters = one.reshape(*one.shape[:-1], BYTES, one.shape[-1] // BYTES).unbind(-2)
         words = [(its & 255) << up for its, up in zip(quarters, range(0, WORD, 8), strict=True)]
         found.append(words[0] | words[1] | words[2] | words[3])

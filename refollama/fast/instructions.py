@@ -24,7 +24,7 @@ import torch
 from refollama.fast.dots import BYTES
 
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
-TILE_LOOPS = 3  # over rows, sixteen of them, and blocks
+TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups of a block
 AHEAD = 2048  # words
 HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
 
@@ -130,12 +130,12 @@ def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
 
 def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width: int) -> str:
     """As many sums of two products as 16 bits hold, before they are widened."""
-    do, whole = f"_mm{width}", f"si{width}"
-    if bits > 2 * HALF - 2:
+    do, all_bits = f"_mm{width}", f"si{width}"
+    if 2 * 128 * ((1 << bits) - 1) > MOST_OF_16:
         low = f"{do}_set1_epi8({(1 << HALF) - 1})"
-        lower = [(f"{do}_and_{whole}({code}, {low})", number) for code, number in pairs]
+        lower = [(f"{do}_and_{all_bits}({code}, {low})", number) for code, number in pairs]
         upper = [
-            (f"{do}_and_{whole}({do}_srli_epi16({code}, {HALF}), {low})", number)
+            (f"{do}_and_{all_bits}({do}_srli_epi16({code}, {HALF}), {low})", number)
             for code, number in pairs
         ]
         found = _by_sixteen_bits(start, lower, HALF, width)
@@ -164,9 +164,9 @@ def whole_vectors() -> Iterator[None]:
     of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
     on doing so.
 
-    And one loop that runs through sixteen rows is sooner done with them than memory brings the next
-    (Q4_0: a tenth of the time, on Zen 4). Where steps of groups make it three loops, as in types
-    like Q4_K, it is not.
+    And where one loop runs through all blocks of sixteen rows, it is done with them sooner than
+    memory brings the next ones (Q4_0: a tenth of the time, on Zen 4). Where groups with steps of
+    their own make it three loops, as in types like Q4_K, it is not.
     """
     from torch._inductor.codegen.cpp import CppVecKernel
 
@@ -182,12 +182,13 @@ def whole_vectors() -> Iterator[None]:
             return line
         if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
             return line  # the last vector would reach past the end
-        line = line.replace(f", static_cast<int64_t>({self.tiling_factor}))", ")")
-        loops = [one for one in index.free_symbols if str(one).startswith("x")]
-        if len(loops) != TILE_LOOPS:
+        load, _, rest = line.partition("loadu(")
+        place = rest.removesuffix(f", static_cast<int64_t>({self.tiling_factor}))")
+        if place == rest:
             return line
-        place = line.partition("loadu(")[2].removesuffix(")")
-        return f"(__builtin_prefetch({place} + {AHEAD}), {line})"
+        loops = [one for one in getattr(index, "free_symbols", ()) if str(one).startswith("x")]
+        soon = f"__builtin_prefetch({place} + {AHEAD}), " if len(loops) == TILE_LOOPS else ""
+        return f"({soon}{load}loadu({place}))"
 
     kernel._get_vec_load_line = load_line
     try:

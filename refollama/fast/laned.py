@@ -46,9 +46,9 @@ class LaneLinear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        bytes = bytes_for(x)
-        together = TOGETHER if bytes == 1 else together_for(len(rows))
-        routine = loaded(self._paths[together, bytes]) if bytes and len(rows) else None
+        nbytes = bytes_for(x)
+        together = TOGETHER if nbytes == 1 else together_for(len(rows))
+        routine = loaded(self._paths[together, nbytes]) if nbytes and len(rows) else None
         if routine is None:
             return by_slabs(self, x)
         made, given = self.prepared(), filled(rows, together).view(-1, together, x.shape[-1])
@@ -81,20 +81,20 @@ class Product(nn.Module):
     (G, M, in) → (G, M, out)
     """
 
-    def __init__(self, kind: str, bytes: int) -> None:
-        """bytes: of each number that tokens are made of."""
+    def __init__(self, kind: str, nbytes: int) -> None:
+        """nbytes: of each number that tokens are made of."""
         super().__init__()
-        self.kind, self.bytes = kind, bytes
+        self.kind, self.nbytes = kind, nbytes
 
     def forward(self, x: Tensor, *made: Tensor) -> Tensor:
         blocks = made[1].shape[1]
         groups = blocks * (LAYOUTS[TYPE_ID[self.kind]].block.values // GROUP)
-        return times(rounded(x, groups, self.bytes), made, self.kind)
+        return times(rounded(x, groups, self.nbytes), made, self.kind)
 
 
-def path_of(kind: str, together: int, bytes: int) -> Path:
+def path_of(kind: str, together: int, nbytes: int) -> Path:
     """Where the routine of this type is kept, for so many tokens together in such numbers."""
-    return path_for(["product", kind, together, bytes])
+    return path_for(["product", kind, together, nbytes])
 
 
 def is_there(kind: str) -> bool:
@@ -102,7 +102,7 @@ def is_there(kind: str) -> bool:
     return kind in CODE and all(loaded(path_of(kind, *which)) for which in ROUTINES)
 
 
-def compile_product(kind: str, together: int, bytes: int) -> None:
+def compile_product(kind: str, together: int, nbytes: int) -> None:
     """The routine of a type.  Raises: RefollamaError without a compiler, or if it fails."""
     layout = LAYOUTS[TYPE_ID[kind]]
     width = 3 * layout.block.values
@@ -111,5 +111,5 @@ def compile_product(kind: str, together: int, bytes: int) -> None:
     given = torch.randn(3 if together > 1 else 1, together, width), *laid(rows, kind)
     sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
     many = {0: any_size} if together > 1 else {}
-    made = Product(kind, bytes)
-    compile_to(path_of(kind, together, bytes), made, given, ({**many, 2: any_size}, sizes))
+    made = Product(kind, nbytes)
+    compile_to(path_of(kind, together, nbytes), made, given, ({**many, 2: any_size}, sizes))

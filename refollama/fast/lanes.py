@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
 
 LANES = 16  # rows: one vector of words where vectors have 512 bits, two of 256
-LEAST = 6  # bits of the largest least
+LEAST = 6  # bits that every least fits
 
 Inner = Callable[[Tensor], Tensor]  # (n, nbytes) uint8 → (n, groups), −128 to 127
 
@@ -224,14 +225,14 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     inner = (B, BYTES, groups // BYTES) if code.s else (B, 1, groups)  # as steps lie in words
     # Sixteen rows are read for all tokens, then the next sixteen.
     each = words.view(T, 1, *inner, code.group * code.bits // WORD, LANES).unbind(-2)
-    codes = [_bytes(each, one) for one in pieces_of(code.bits, code.group)]
+    codes = [_four_codes(each, one) for one in pieces_of(code.bits, code.group)]
     step = small.pop(0)[:, None, :, None, None].float()
     if code.s:
         step = step * _each_byte(small.pop(0))[:, None]
     # Σ (q − middle) · n begins at −middle · Σ n, so that q need not be moved.
-    starts = once((its.sums * -code.middle).int().flatten(1)).view(1, G, *inner, M, 1).unbind(-2)
+    starts = once((its.sums.int() * -code.middle).flatten(1)).view(1, G, *inner, M, 1).unbind(-2)
     units = its.units.view(1, G, *inner, M, 1).unbind(-2)
-    numbers = its.words.view(1, G, *inner, M, x.bytes, len(codes)).unbind(-3)
+    numbers = its.words.view(1, G, *inner, M, x.nbytes, len(codes)).unbind(-3)
     found = [
         (dots(start, codes, one, code.bits).float() * (step * unit)).sum((2, 3, 4))
         for start, unit, one in zip(starts, units, numbers, strict=True)
@@ -243,8 +244,8 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
 
 
 def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """What is taken away from each of M tokens, Σ m · least · Σ x: sums of the token are made into
-    whole numbers as well, block by block, and least are bytes that are multiplied by them.
+    """What is taken away from each of M tokens, Σ m · least · Σ x: the sums of a block's groups are
+    made into whole numbers of two bytes as well, and least are bytes that are multiplied by them.
 
     sums (G, N, M) → M times (T, G, 16)
     """
@@ -270,7 +271,7 @@ def _each_byte(words: Tensor) -> Tensor:
     return (words[:, :, None] << above >> WORD - 8).float()
 
 
-def _bytes(words: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def _four_codes(words: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
     """Four codes, each in its byte."""
     found = []
     for one in pieces:
@@ -278,7 +279,7 @@ def _bytes(words: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
         if down:
             word = word >> down if down > 0 else word << -down
         found.append(word if one.width == 8 else word & _in_each_byte(one.mask << one.base))
-    return found[0] if len(found) == 1 else found[0] | found[1]
+    return reduce(or_, found)
 
 
 def _in_each_byte(bits: int) -> int:

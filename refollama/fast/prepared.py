@@ -25,7 +25,7 @@ _bits: ContextVar[int] = ContextVar("bits", default=WRITTEN)
 @contextmanager
 def reading(bits: int) -> Iterator[None]:
     """What is computed in here, by this thread, is a prompt: however few tokens it is, it is
-    multiplied in numbers of 32 bits, 16 or 8 (`products.py`)."""
+    multiplied in numbers of 32 bits, 16 or 8 (`products.py`; in lanes `dots.py`)."""
     before = _bits.set(bits)
     try:
         yield
@@ -44,7 +44,8 @@ def bits_for(x: Tensor) -> int:
 
 
 def bytes_for(x: Tensor) -> int:
-    """Of how many bytes numbers of these tokens may be made (`dots.py`); 0: they stay floats."""
+    """Of how many bytes numbers of these tokens may be made (`dots.py`): of what is written, and of
+    prompts in 32 bits, two; 0: they stay floats."""
     return {8: 1, 16: 0, EXACT: 0}.get(_bits.get(), 2) if is_free(x) else 0
 
 

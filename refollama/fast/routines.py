@@ -36,6 +36,7 @@ INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 AS_ONE = dict.fromkeys(
     ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 1 << 30
 )
+FOR_CPU = {"cpp.dynamic_threads": True, **AS_ONE}
 
 log = logging.getLogger(__name__)
 _known: dict[Path, Routine] = {}
@@ -144,16 +145,18 @@ def compile_to(
     Raises: RefollamaError without a compiler, or if it fails.
     """
     _check_compiler()
-    teach()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = tempfile.TemporaryDirectory(dir=path.parent)
-    with beside as scratch, _quietly(scratch), whole_vectors():
+    with beside as scratch, _quietly(scratch):
         try:
-            package = torch._inductor.aoti_compile_and_package(
-                torch.export.export(made, given, dynamic_shapes=dynamic),
-                package_path=str(Path(scratch) / "routine.pt2"),
-                inductor_configs={"cpp.dynamic_threads": True, **AS_ONE} if device == "cpu" else {},
-            )
+            if device == "cpu":
+                teach()
+            with whole_vectors():
+                package = torch._inductor.aoti_compile_and_package(
+                    torch.export.export(made, given, dynamic_shapes=dynamic),
+                    package_path=str(Path(scratch) / "routine.pt2"),
+                    inductor_configs=FOR_CPU if device == "cpu" else {},
+                )
         except Exception as problem:  # a compiler says much; the log has all of it
             log.debug("compiling failed", exc_info=True)
             last = str(problem).strip().split("\n")[-1]

@@ -105,20 +105,20 @@ class BlockStep(nn.Module):
         x = once(x)
         kinds = [self.shape.kinds[one] for one in which]
         laned = any(kind.startswith(IN_LANES) for kind in kinds)
-        whole = rounded(x[None], x.shape[1] // GROUP) if laned else None
+        tokens = rounded(x[None], x.shape[1] // GROUP) if laned else None
         return [
-            self._product(x, whole, products[one], kind)
+            self._product(x, tokens, products[one], kind)
             for one, kind in zip(which, kinds, strict=True)
         ]
 
-    def _product(self, x: Tensor, whole: Rounded | None, made: Made, kind: str) -> Tensor:
+    def _product(self, x: Tensor, tokens: Rounded | None, made: Made, kind: str) -> Tensor:
         if kind.startswith(PACKED):
             # Written as a sum, so that a compiler unpacks each weight where it multiplies by it.
             matrix = LAYOUTS[TYPE_ID[kind.removeprefix(PACKED)]].unpack_rows(made[0])
             return (x[:, None] * matrix).sum(-1)
         if kind.startswith(IN_LANES):
-            assert whole is not None
-            return times(whole, made, kind.removeprefix(IN_LANES))[0]
+            assert tokens is not None
+            return times(tokens, made, kind.removeprefix(IN_LANES))[0]
         return _rows_times(x, made[0])
 
 

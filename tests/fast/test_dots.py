@@ -1,6 +1,7 @@
 """Tokens in whole numbers: what is lost, where each byte lies, and sums that are exact."""
 
 import shutil
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -47,27 +48,27 @@ def test_a_sum_is_that_of_all_bytes(bits):
     assert np.array_equal(found.numpy(), slowly(start, codes, numbers))
 
 
-@pytest.mark.parametrize("bytes", [1, 2])
+@pytest.mark.parametrize("nbytes", [1, 2])
 @given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=GROUP, max_size=GROUP))
-def test_a_whole_number_is_off_by_half_a_unit(bytes, values):
+def test_a_whole_number_is_off_by_half_a_unit(nbytes, values):
     x = torch.tensor(values).float()
-    n, unit = whole_numbers(x, bytes)
-    most = MOST << 8 * (bytes - 1)
+    n, unit = whole_numbers(x, nbytes)
+    most = MOST << 8 * (nbytes - 1)
     assert n.abs().max() <= most
     assert (n * unit.double() - x.double()).abs().max() <= 0.51 * unit.double()
     assert x.abs().max() < 1e-25 or n.abs().max() == most
 
 
-@pytest.mark.parametrize("bytes", [1, 2])
+@pytest.mark.parametrize("nbytes", [1, 2])
 @pytest.mark.parametrize("count", [8, 16, GROUP])
-def test_each_byte_has_its_place(bytes, count):
-    most = MOST << 8 * (bytes - 1)
+def test_each_byte_has_its_place(nbytes, count):
+    most = MOST << 8 * (nbytes - 1)
     n = torch.from_numpy(np.random.default_rng(0).integers(-most, most + 1, (7, count)))
     n[0, :2] = torch.tensor([-most, most])
-    found = in_bytes(n.int(), bytes).numpy()
-    assert found.shape == (7, bytes, count // 4)
-    signed = found[..., None].view(np.int8).astype(int)  # (7, bytes, words, 4)
-    back = sum(signed[:, byte] << 8 * byte for byte in range(bytes))
+    found = in_bytes(n.int(), nbytes).numpy()
+    assert found.shape == (7, nbytes, count // 4)
+    signed = found[..., None].view(np.int8).astype(int)  # (7, nbytes, words, 4)
+    back = sum(signed[:, byte] << 8 * byte for byte in range(nbytes))
     assert np.array_equal(np.swapaxes(back, 1, 2).reshape(7, count), n.numpy())
 
 
@@ -76,6 +77,12 @@ def test_what_is_not_a_number_stays_none():
     x[0, 1, 40] = torch.nan
     unit = rounded(x, 2).unit
     assert unit.isnan().tolist() == [[[False] * 3, [False, True, False]]]
+
+
+def source(routine):
+    """The C++ that it was compiled from."""
+    with ZipFile(routine) as file:
+        return b"".join(file.read(name) for name in file.namelist() if ".cpp" in name).decode()
 
 
 class Sums(torch.nn.Module):
@@ -90,9 +97,11 @@ class Sums(torch.nn.Module):
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.skipif(not has_dots(), reason="needs AVX2")
-@pytest.mark.parametrize("vectors", [256, 512])
-def test_instructions_compute_the_same(vectors, tmp_path):
-    """Those for vectors of either size, if this processor has them."""
+@pytest.mark.parametrize(("vectors", "vnni"), [(256, True), (512, False), (512, True)])
+def test_instructions_compute_the_same(monkeypatch, vectors, vnni, tmp_path):
+    """Those of all kinds that this processor has."""
+    if not vnni:
+        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
     if vectors == 512 and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("needs AVX-512")
     cases = [case(bits) for bits in range(1, 9)]
@@ -101,6 +110,14 @@ def test_instructions_compute_the_same(vectors, tmp_path):
     inputs = torch.from_numpy(start), words(numbers), *codes
     with torch._inductor.config.patch({"cpp.simdlen": vectors}):
         compile_to(tmp_path / "sums.pt2", Sums(), inputs, (None, None, (None,) * 8))
+    names = [
+        name
+        for name in ("_mm512_dpbusd", "_mm512_maddubs", "_mm256_maddubs")
+        if name in source(tmp_path / "sums.pt2")
+    ]
+    assert len(names) == 1
+    assert f"_mm{vectors}" in names[0]
+    assert vnni or "maddubs" in names[0]
     routine = _opened(tmp_path / "sums.pt2", "cpu")
     assert routine is not None
     [found] = routine([*inputs])

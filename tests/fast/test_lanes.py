@@ -3,7 +3,6 @@
 import re
 import shutil
 from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from refollama.quantize import plan
 from refollama.weights import open_gguf
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
+from tests.fast.test_dots import source
 from tests.fast.test_fast import part, random_rows, tokens
 from tests.models.test_llama import all_logits
 from tests.tiny import write_model
@@ -34,7 +34,7 @@ from tests.weights.test_quants import random_blocks
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 ROWS, COLUMNS = 48, 512
-OFF = {2: 5e-5, 1: 1e-2}  # of a product of tokens of so many bytes, relative to its largest
+OFF = {2: 1e-4, 1: 1e-2}  # of a product of tokens of so many bytes, relative to its largest
 NAME = {2: "warm", 1: "warm, prompt_bits 8"}
 
 
@@ -94,14 +94,14 @@ def test_types_and_shapes_are_known_before(kind):
 
 @pytest.mark.parametrize("kind", CODE)
 @pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("bytes", OFF)
-def test_a_product_is_that_of_the_unpacked_matrix(kind, count, bytes, measured):
+@pytest.mark.parametrize("nbytes", OFF)
+def test_a_product_is_that_of_the_unpacked_matrix(kind, count, nbytes, measured):
     plain, x = part(kind, rows=ROWS), tokens(count)
-    ours = Product(kind, bytes)(x[None], *laid(plain.weight, kind))[0]
+    ours = Product(kind, nbytes)(x[None], *laid(plain.weight, kind))[0]
     theirs = x.double() @ plain.dense().double().T
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    assert off < OFF[bytes]
-    measured("fast parts", f"{kind}, {NAME[bytes]}", "plain path", off, count)
+    assert off < OFF[nbytes]
+    measured("fast parts", f"{kind}, {NAME[nbytes]}", "plain path", off, count)
 
 
 @pytest.mark.parametrize("kind", CODE)
@@ -148,7 +148,7 @@ def test_without_routines_nothing_is_laid(place):
 
 
 def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
-    def fail(kind, together, bytes):
+    def fail(kind, together, nbytes):
         assert isinstance(net.Q4_0, LaneLinear)
         raise KeyboardInterrupt
 
@@ -161,13 +161,13 @@ def test_if_compiling_fails_the_net_is_as_it_was(place, monkeypatch):
     assert not any(isinstance(one, LaneLinear) for one in before)
 
 
-def eager(kind, sizes=None, bytes=2):
+def eager(kind, sizes=None, nbytes=2):
     """What is compiled, uncompiled; it notes how many tokens it is given."""
 
     def routine(given):
         if sizes is not None:
             sizes.append(given[0].shape[:2])
-        return [Product(kind, bytes)(*given)]
+        return [Product(kind, nbytes)(*given)]
 
     return routine
 
@@ -229,7 +229,7 @@ def test_what_is_exact_rounds_nothing(place, monkeypatch):
 def test_a_talk_is_as_likely_to_lanes(place, monkeypatch, tmp_path, type, bits, most, measured):
     """fable itself, packed as this type: mean KL of the next token's distribution, over a talk that
     it never saw."""
-    path, routine = tmp_path / "fable.gguf", eager(type, bytes=1 if bits == 8 else 2)
+    path, routine = tmp_path / "fable.gguf", eager(type, nbytes=1 if bits == 8 else 2)
     with open_gguf(FOLDER / "fable" / "fable.gguf") as file:
         plan(file, type, again=True).write(path)
     monkeypatch.setattr("refollama.fast.laned.loaded", lambda path: routine)
@@ -278,12 +278,6 @@ def test_a_small_mixture_stays_as_it_is(monkeypatch, tmp_path):
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────
 
 
-def source(routine):
-    """The C++ that it was compiled from."""
-    with ZipFile(routine) as file:
-        return b"".join(file.read(name) for name in file.namelist() if ".cpp" in name).decode()
-
-
 @compiler
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -318,6 +312,7 @@ def test_a_compiled_product_is_exact_and_alike_beside_others_and_for_all_sizes(p
     written = source(path_of(kind, 1, 2))
     assert "_dpbusd_" in written or "_maddubs_" in written
     assert "loadu(in_ptr" in written
+    assert "__builtin_prefetch(in_ptr" in written
     assert not re.search(r"int32_t[^;]*::loadu\([^;]*, static_cast<int64_t>\(\d+\)\);", written)
     x = tokens(1).requires_grad_()
     net.Q4_0(x).sum().backward()  # goes the long way
