@@ -32,8 +32,7 @@ def dots(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> 
     Compiled, it is some instructions of the processor (`instructions.py`).
     start (…, L) int32; codes: W times (…, L) int32, bytes from 0 to 2 ^ bits − 1; numbers
     (…, nbytes, W) int32, as `in_bytes` makes them, one for all L → (…, L) int32. Sizes of 1
-    stretch.
-    A code that is larger than its bits say would overflow, on some processors.
+    stretch. A code that is larger than its bits say would overflow on some processors.
     """
     found = start
     for at, word in enumerate(codes):

@@ -223,7 +223,6 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     (G, _, M), (T, B) = its.sums.shape, small[0].shape[:2]
     groups = BLOCKS[TYPE_ID[kind]].values // code.group
     inner = (B, BYTES, groups // BYTES) if code.s else (B, 1, groups)  # as steps lie in words
-    # Sixteen rows are read for all tokens, then the next sixteen.
     each = words.view(T, 1, *inner, code.group * code.bits // WORD, LANES).unbind(-2)
     codes = [_four_codes(each, one) for one in pieces_of(code.bits, code.group)]
     step = small.pop(0)[:, None, :, None, None].float()
@@ -236,7 +235,7 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     found = [
         (dots(start, codes, one, code.bits).float() * (step * unit)).sum((2, 3, 4))
         for start, unit, one in zip(starts, units, numbers, strict=True)
-    ]  # (T, G, 16) each
+    ]  # (T, G, 16) each: sixteen rows are read for all tokens, then the next sixteen
     if code.m is not None:
         lows = _lows(its.sums * its.units, small, groups)
         found = [one - low for one, low in zip(found, lows, strict=True)]
