@@ -17,12 +17,11 @@ from refollama.fast.compiled import CACHES, CompiledBlock, compile_blocks, join,
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
-from refollama.fast.instructions import has_dots
 from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import ROUTINES, LaneLinear, compile_product, is_there
 from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
-from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.prepared import Made, PreparedLinear, has_avx2
 from refollama.fast.routines import prune
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
@@ -87,13 +86,11 @@ def _by_type(part: Linear) -> Linear:
 
 
 def _fits_nibbles(part: Linear, kind: str) -> bool:
-    """torch has its routine for such processors only; elsewhere it goes number by number."""
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return vectors and kind in LINES and len(part.weight) % ROWS == 0
+    return has_avx2() and kind in LINES and len(part.weight) % ROWS == 0
 
 
 def _fits_lanes(part: Linear) -> bool:
-    return has_dots() and fits(type_of(part), len(part.weight))
+    return has_avx2() and fits(type_of(part), len(part.weight))
 
 
 def _make_ready(name: str, part: nn.Module, there: Mapping[str, Made]) -> None:

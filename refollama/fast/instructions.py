@@ -29,11 +29,6 @@ AHEAD = 2048  # words
 HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
 
 
-def has_dots() -> bool:
-    """Has this processor instructions that `dots` can be made of?"""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
 @cache
 def teach() -> None:
     """torch's compiler what `dots` is."""

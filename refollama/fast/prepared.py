@@ -68,6 +68,12 @@ def may_round(x: Tensor) -> bool:
     return may_differ(x) and x.device.type == "cpu"
 
 
+def has_avx2() -> bool:
+    """Has this processor vectors of 256 bits, or more?  torch's fast routines are for these, and
+    `dots` has its instructions there; elsewhere both would go number by number."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def in_parts(x: Tensor, width: int, times: Callable[[Tensor], Tensor]) -> Tensor:
     """times(x), some rows at a time, so that each is computed alike beside however many others.
 

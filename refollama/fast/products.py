@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import bits_for, is_free
+from refollama.fast.dots import MOST
+from refollama.fast.prepared import bits_for, has_avx2, is_free
 from refollama.models.exact import NONE, fewest, linear
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
-MOST = 127  # of int8; -128 would have no counterpart
 
 
 def product(x: Tensor) -> Product:
@@ -53,8 +53,7 @@ def by_onednn() -> bool:
     2048 × 2048, 230 against 100 G operations/s. On Intel's MKL does well; there its strict mode
     needs no company for a row.
     """
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return vectors and torch._C._has_mkldnn and fewest() != 1 and fewest(onednn) != NONE
+    return has_avx2() and torch._C._has_mkldnn and fewest() != 1 and fewest(onednn) != NONE
 
 
 def _in_16_bits(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refollama.fast.dots import MOST, dots, in_bytes, rounded, whole_numbers
-from refollama.fast.instructions import has_dots
-from refollama.fast.routines import _opened, compile_to
+from refollama.fast.prepared import has_avx2
+from refollama.fast.routines import compile_to, loaded
 
 GROUP, LANES = 32, 16
 SIZES = {"codes": (3, 1, 5, LANES), "numbers": (1, 2, 5, 2, 8)}  # tiles, tokens, groups
@@ -96,7 +96,7 @@ class Sums(torch.nn.Module):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(not has_dots(), reason="needs AVX2")
+@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
 @pytest.mark.parametrize(("vectors", "vnni"), [(256, True), (512, False), (512, True)])
 def test_instructions_compute_the_same(monkeypatch, vectors, vnni, tmp_path):
     """Those of all kinds that this processor has."""
@@ -118,7 +118,7 @@ def test_instructions_compute_the_same(monkeypatch, vectors, vnni, tmp_path):
     assert len(names) == 1
     assert f"_mm{vectors}" in names[0]
     assert vnni or "maddubs" in names[0]
-    routine = _opened(tmp_path / "sums.pt2", "cpu")
+    routine = loaded(tmp_path / "sums.pt2")
     assert routine is not None
     [found] = routine([*inputs])
     for one, (_, its_codes, _) in zip(found, cases, strict=True):
