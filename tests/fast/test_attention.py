@@ -1,6 +1,7 @@
 """Attention in parts against attention at once: every bit, and how much is looked at."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,18 +58,30 @@ def test_what_is_looked_at_ends_with_a_piece(last, places):
     assert attention._last_seen(visible[..., :300]) <= 300
 
 
-def test_few_tokens_are_attended_to_at_once(monkeypatch):
-    called: list[int] = []
+@pytest.mark.parametrize(
+    ("T", "plainly", "parts"), [(1, [1], []), (5, [5], []), (12, [], [5, 5, 2])]
+)
+def test_few_tokens_are_attended_to_at_once(monkeypatch, T, plainly, parts):
+    called: dict[str, list[int]] = {"attend": [], "_attend": []}
 
-    def watched(q: Any, *others: Any) -> Any:
-        called.append(q.shape[1])
-        return attend(q, *others)
+    def watched(name: str, way: Any, q: Any, *others: Any) -> Any:
+        called[name].append(q.shape[1])
+        return way(q, *others)
 
-    monkeypatch.setattr(attention, "attend", watched)
-    for T, parts in ((1, [1]), (5, [5]), (12, [5, 5, 2])):
-        attend_in_parts(*given(T=T))
-        assert called == parts
-        called.clear()
+    for name in called:
+        way = partial(watched, name, getattr(attention, name))
+        monkeypatch.setattr(attention, name, way)
+    attend_in_parts(*given(T=T))
+    assert called == {"attend": plainly, "_attend": parts}
+
+
+@pytest.mark.parametrize(
+    ("first", "window", "places"), [(600, 10_000, 601), (0, 10_000, 1), (600, 40, 0), (0, 40, 1)]
+)
+def test_only_what_some_token_may_not_see_is_hidden(first, window, places):
+    *_, visible = given(first=first, window=window)
+    assert attention._seen_by_all(visible) == places
+    assert attention._seen_by_all(torch.ones_like(visible)) == 3 * PIECE
 
 
 def test_whoever_goes_backwards_finds_the_same_way():
