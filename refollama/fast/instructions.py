@@ -1,4 +1,4 @@
-"""What torch's compiler is taught: the instruction for `dots`, and to load whole vectors.
+"""What torch's compiler is taught: the instruction for `dots`, and to leave vectors whole.
 
 A compiler of tensors knows sums and products, and has no word for an instruction that multiplies
 bytes four by four and adds them up. Here it gets one: `dots` goes through it as any operation on
@@ -152,41 +152,58 @@ def _widened(start: str, pairs: list[tuple[str, str]], bits: int, width: int, ti
 
 @contextmanager
 def whole_vectors() -> Iterator[None]:
-    """Whole numbers that fill a vector are loaded at once, and what is wanted soon is asked for.
+    """Numbers that fill vectors are loaded and converted at once, and what is wanted soon is asked
+    for.  A torch that writes its C++ differently goes on doing so."""
+    from torch._inductor.codegen.cpp import CppVecKernel
 
-    torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
+    kernel: Any = CppVecKernel
+    changes = {"_get_vec_load_line": _load_line, "get_to_dtype_expr": _conversion}
+    before = {name: getattr(kernel, name) for name in changes if hasattr(kernel, name)}
+    for name, written in before.items():
+        setattr(kernel, name, changes[name](written))
+    try:
+        yield
+    finally:
+        for name, written in before.items():
+            setattr(kernel, name, written)
+
+
+def _load_line(before: Callable[..., str]) -> Callable[..., str]:
+    """torch's compiler says of each load how many numbers it takes. Where vectors have 256 bits its
     header, told so, copies them to the stack, and waits for them there: three quarters of the time
-    of a product. It does not, if it is told nothing. A torch that writes its loads differently goes
-    on doing so.
+    of a product. It does not, if it is told nothing.
 
     And where one loop runs through all blocks of sixteen rows, it is done with them sooner than
     memory brings the next ones (Q4_0: a tenth of the time, on Zen 4). Where groups with steps of
     their own make it three loops, as in types like Q4_K, it is not.
     """
-    from torch._inductor.codegen.cpp import CppVecKernel
 
-    kernel: Any = CppVecKernel
-    before = getattr(kernel, "_get_vec_load_line", None)
-    if before is None:
-        yield
-        return
-
-    def load_line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
-        line: str = before(self, var, index, dtype, mask)
+    def line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
+        written = before(self, var, index, dtype, mask)
         if mask is not None or self.tail_size or dtype != torch.int32:
-            return line
+            return written
         if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
-            return line  # the last vector would reach past the end
-        load, _, rest = line.partition("loadu(")
+            return written  # the last vector would reach past the end
+        load, _, rest = written.partition("loadu(")
         place = rest.removesuffix(f", static_cast<int64_t>({self.tiling_factor}))")
         if place == rest:
-            return line
+            return written
         loops = [one for one in getattr(index, "free_symbols", ()) if str(one).startswith("x")]
         soon = f"__builtin_prefetch({place} + {AHEAD}), " if len(loops) == TILE_LOOPS else ""
         return f"({soon}{load}loadu({place}))"
 
-    kernel._get_vec_load_line = load_line
-    try:
-        yield
-    finally:
-        kernel._get_vec_load_line = before
+    return line
+
+
+def _conversion(before: Callable[..., str]) -> Callable[..., str]:
+    """Of whole numbers that fill several vectors torch's header makes floats on the stack, one by
+    one: half the time of a product in vectors of 256 bits. Each vector has an instruction."""
+
+    def expression(self: Any, x: Any, dtype: torch.dtype, old: torch.dtype, *others: Any) -> str:
+        count = self._get_num_vectors(dtype)
+        if not x.is_vec or count == 1 or (old, dtype) != (torch.int32, torch.float32):
+            return before(self, x, dtype, old, *others)
+        each = ", ".join(f"at::vec::convert<float>({x}[{at}])" for at in range(count))
+        return f"{self._get_vec_type(dtype)}({each})"
+
+    return expression

@@ -123,3 +123,28 @@ def test_instructions_compute_the_same(monkeypatch, vectors, vnni, tmp_path):
     [found] = routine([*inputs])
     for one, (_, its_codes, _) in zip(found, cases, strict=True):
         assert np.array_equal(one.numpy(), slowly(start, its_codes, numbers))
+
+
+class Steps(torch.nn.Module):
+    """Two vectors of words, of 256 bits, beside one of float16."""
+
+    def forward(self, words, d):
+        return words.float() * d.float()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+def test_words_become_floats_a_vector_at_a_time(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = torch.from_numpy(rng.integers(-(2**31), 2**31, (9, LANES)).astype(np.int32))
+    inputs = whole, torch.randn(9, LANES).half()
+    with torch._inductor.config.patch({"cpp.simdlen": 256}):
+        compile_to(tmp_path / "steps.pt2", Steps(), inputs, (None, None))
+    written = source(tmp_path / "steps.pt2")
+    assert written.count("at::vec::convert<float>(") == 2
+    assert "at::vec::convert<float,2,int32_t" not in written
+    routine = loaded(tmp_path / "steps.pt2")
+    assert routine is not None
+    assert torch.equal(routine([*inputs])[0], Steps()(*inputs))
