@@ -4,9 +4,9 @@ A compiler of tensors knows sums and products, and has no word for an instructio
 bytes four by four and adds them up. Here it gets one: `dots` goes through it as any operation on
 each number does, and comes out as
 
-    AVX-512 VNNI    vpdpbusd                     64 products
-    AVX-512, AVX2   vpmaddubsw, vpaddw           64, 32: sums of two, in 16 bits, while these
-                    vpmaddwd at the end          can hold them
+    AVX-512 VNNI, AVX-VNNI    vpdpbusd               64 products, 32
+    AVX-512, AVX2             vpmaddubsw, vpaddw     64, 32: sums of two, in 16 bits, while these
+                              vpmaddwd at the end    can hold them
 
 Sources: Intel's Intrinsics Guide; the lowering and the two sets of C++ expressions, for vectors
 and for single numbers, are those of `torch._inductor`.
@@ -111,16 +111,31 @@ def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
     from torch._inductor.virtualized import V
 
     width, count = V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32)
-    found = []
+    instruction, found = _instruction(width), []
     for part in [""] if count == 1 else [f"[{at}]" for at in range(count)]:
         its = [(code + part, number + part) for code, number in pairs]
-        if width == 512 and torch.cpu._is_vnni_supported():
-            found.append(start + part)
+        if instruction:
+            vector = f"__m{width}i"  # some compilers have a macro for it, which casts by itself
+            found.append(f"{vector}({start}{part})")
             for code, number in its:
-                found[-1] = f"_mm512_dpbusd_epi32({found[-1]}, {code}, {number})"
+                found[-1] = f"{instruction}({found[-1]}, {vector}({code}), {vector}({number}))"
         else:
             found.append(_by_sixteen_bits(start + part, its, bits, width))
     return f"{V.kernel._get_vec_type(torch.int32)}({', '.join(found)})"
+
+
+def _instruction(width: int) -> str:
+    """What vpdpbusd is called in C++; "" where this processor has none."""
+    if _has("avx512_vnni"):
+        return f"_mm{width}_dpbusd_epi32"
+    return "_mm256_dpbusd_avx_epi32" if width == 256 and _has("avx_vnni") else ""
+
+
+def _has(capability: str) -> bool:
+    if capability == "avx512_vnni":
+        return bool(torch.cpu._is_vnni_supported())
+    told = getattr(torch.cpu, "get_capabilities", None)  # an older torch does not tell
+    return bool(told and told().get(capability))
 
 
 def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width: int) -> str:

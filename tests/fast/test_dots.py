@@ -1,5 +1,6 @@
 """Tokens in whole numbers: what is lost, where each byte lies, and sums that are exact."""
 
+import re
 import shutil
 from zipfile import ZipFile
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refollama.fast import instructions
 from refollama.fast.dots import MOST, dots, in_bytes, rounded, whole_numbers
 from refollama.fast.prepared import has_avx2
 from refollama.fast.routines import compile_to, loaded
@@ -93,31 +95,46 @@ class Sums(torch.nn.Module):
         return torch.stack(found)
 
 
+@pytest.mark.parametrize(
+    ("has", "names"),
+    [
+        ([], {256: "", 512: ""}),
+        (["avx_vnni"], {256: "_mm256_dpbusd_avx_epi32", 512: ""}),
+        (["avx512_vnni"], {256: "_mm256_dpbusd_epi32", 512: "_mm512_dpbusd_epi32"}),
+        (["avx512_vnni", "avx_vnni"], {256: "_mm256_dpbusd_epi32", 512: "_mm512_dpbusd_epi32"}),
+    ],
+)
+def test_each_processor_has_its_instruction(monkeypatch, has, names):
+    monkeypatch.setattr(instructions, "_has", has.__contains__)
+    assert {width: instructions._instruction(width) for width in (256, 512)} == names
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
-@pytest.mark.parametrize(("vectors", "vnni"), [(256, True), (512, False), (512, True)])
-def test_instructions_compute_the_same(monkeypatch, vectors, vnni, tmp_path):
+@pytest.mark.parametrize(
+    ("vectors", "has", "name"),
+    [
+        (256, [], "_mm256_maddubs_epi16"),
+        (256, ["avx_vnni"], "_mm256_dpbusd_avx_epi32"),
+        (256, ["avx512_vnni"], "_mm256_dpbusd_epi32"),
+        (512, ["avx512_f"], "_mm512_maddubs_epi16"),
+        (512, ["avx512_vnni"], "_mm512_dpbusd_epi32"),
+    ],
+)
+def test_instructions_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
     """Those of all kinds that this processor has."""
-    if not vnni:
-        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
-    if vectors == 512 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("needs AVX-512")
+    if not all(map(instructions._has, has)):
+        pytest.skip(f"needs {has}")
+    monkeypatch.setattr(instructions, "_has", has.__contains__)
     cases = [case(bits) for bits in range(1, 9)]
     start, _, numbers = cases[0]
     codes = [words(one[1]) for one in cases]
     inputs = torch.from_numpy(start), words(numbers), *codes
     with torch._inductor.config.patch({"cpp.simdlen": vectors}):
         compile_to(tmp_path / "sums.pt2", Sums(), inputs, (None, None, (None,) * 8))
-    names = [
-        name
-        for name in ("_mm512_dpbusd", "_mm512_maddubs", "_mm256_maddubs")
-        if name in source(tmp_path / "sums.pt2")
-    ]
-    assert len(names) == 1
-    assert f"_mm{vectors}" in names[0]
-    assert vnni or "maddubs" in names[0]
+    assert {*re.findall(r"_mm\d+_(?:dpbusd|maddubs)\w+", source(tmp_path / "sums.pt2"))} == {name}
     routine = loaded(tmp_path / "sums.pt2")
     assert routine is not None
     [found] = routine([*inputs])
