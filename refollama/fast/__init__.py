@@ -11,7 +11,7 @@
                          F32, and without memory
                                       ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)
-         attention over a prompt, some tokens at a time (attention.py)
+         attention over a prompt, and gates, some tokens at a time (attention.py, gates.py)
          blocks, after `warm` ── one compiled routine for a token (step.py, compiled.py)
          the same on a GPU ── matrices stay packed, launches are recorded (recorded.py)
          copies, after it  ── mapped from where they were kept (copies.py)

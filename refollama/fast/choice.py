@@ -16,6 +16,7 @@ from refollama.fast.attention import attend_in_parts
 from refollama.fast.compiled import CACHES, CompiledBlock, compile_blocks, join, shapes
 from refollama.fast.copies import kept
 from refollama.fast.experts import FastExperts, matrices
+from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import ROUTINES, LaneLinear, compile_product, is_there
@@ -59,7 +60,7 @@ def hasten(net: Llama, count: Count = unheard, sources: Sequence[Path] = ()) -> 
         count(part.weight.nbytes)
     for block in net.modules():
         if isinstance(block, Block):
-            block.attend = attend_in_parts
+            block.attend, block.swiglu = attend_in_parts, swiglu_in_parts
     join(net)
     if left < 0:
         log.warning("answers are slower than they could be: there is not enough memory for copies")

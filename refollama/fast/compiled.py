@@ -46,7 +46,7 @@ class CompiledBlock(Block):
         """routines: for this type of keys and values, and so many tokens together."""
         nn.Module.__init__(self)
         self.layer, self.config, self.sizes = block.layer, block.config, block.sizes
-        self.attend = block.attend
+        self.attend, self.swiglu = block.attend, block.swiglu
         for name, part in block.named_children():
             self.add_module(name, part)
         self.shape, self.routines = shape, routines

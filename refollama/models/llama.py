@@ -49,6 +49,7 @@ class Block(nn.Module):
 
     # Of a block, so that another way to the same can take its place.
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = staticmethod(attend)
+    swiglu: Callable[[Tensor, Tensor], Tensor] = staticmethod(swiglu)
 
     def __init__(self, config: ModelConfig, parts: Parts, layer: int) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Every token thinks for itself."""
-        return self.ffn_down(swiglu(self.ffn_gate(x), self.ffn_up(x)))
+        return self.ffn_down(self.swiglu(self.ffn_gate(x), self.ffn_up(x)))
 
 
 class Step:
