@@ -42,7 +42,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, mixed: Tensor) -> None:
-    """`attend` in place: the line of `masked_fill` takes as long as a product.  → into mixed"""
+    """`attend`, into mixed; scores are hidden by adding: filling takes as long as a product."""
     B, T, H, D = q.shape
     Hk, S = k.shape[1:3]
     shared = (B, T, Hk, H // Hk)

@@ -20,6 +20,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from refollama.fast.attention import attend_in_parts
+from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import TOGETHER, LaneLinear, filled, together_for
@@ -29,12 +31,13 @@ from refollama.fast.routines import Routine, compile_to, folder, loaded, path_fo
 from refollama.fast.slabs import columns, type_of
 from refollama.fast.step import IN_LANES, PACKED, PRODUCTS, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
-from refollama.models.layers import Linear
+from refollama.models.layers import Linear, attend, swiglu
 from refollama.models.llama import Block, Llama, Step
 from refollama.models.meter import Told, unheard
 
 PACKED_ON = ("cuda",)  # where products are made of packed rows
 CACHES = (torch.float16, torch.float32)  # what keys and values may be kept as
+ATTEND, SWIGLU = (attend, attend_in_parts), (swiglu, swiglu_in_parts)  # what routines compute
 
 
 class CompiledBlock(Block):
@@ -90,10 +93,13 @@ class CompiledBlock(Block):
         self._made = [weight.contiguous() for weight in _weights(self)]
 
     def _is_whole(self) -> bool:
-        """Are its parts those of the beginning, and does nobody listen to them?  This is asked for
-        every token: it goes past what makes attributes of modules slow."""
+        """Are its parts, and its ways to attend and to gate, those that were compiled, and does
+        nobody listen to them?  This is asked for every token: it goes past what makes attributes of
+        modules slow."""
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return False
+        if self.attend not in ATTEND or self.swiglu not in SWIGLU:
             return False
         changed = False
         for name, part, weight, age in self._parts:

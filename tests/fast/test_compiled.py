@@ -208,6 +208,21 @@ def test_a_part_that_was_swapped_is_used_and_a_weight_that_was_written(warmed):
 
 @compiler
 @slow
+@pytest.mark.parametrize("name", ["attend", "swiglu"])
+def test_another_way_to_attend_or_to_gate_is_taken(warmed, name):
+    net, ids = net_of(warmed), some_tokens(4).tolist()
+    before, block = written(net, ids), net.blk[1]
+    way = getattr(block, name)
+    setattr(block, name, lambda *given: 0 * way(*given))
+    changed = written(net, ids)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    torch.testing.assert_close(changed, written(as_it_was(net), ids), atol=0.01, rtol=0.01)
+    setattr(block, name, way)
+    assert torch.equal(written(net, ids), before)
+
+
+@compiler
+@slow
 def test_what_somebody_changes_of_a_step_reaches_the_blocks_behind(warmed):
     """Each sees the token itself, and nothing before it, from the second block on."""
 
