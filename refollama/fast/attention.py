@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from refollama.fast.prepared import is_free
 from refollama.kvcache import PIECE
 from refollama.models.exact import times
 from refollama.models.layers import attend, weighted
@@ -29,8 +30,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """What `attend` computes, of the same shapes: q (B, T, H, D) → (B, T, H, Dv)"""
     B, T, H, _ = q.shape
     at_once = max(1, SCORES // max(1, B * H * k.shape[2]))
-    goes_backwards = torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v))
-    if at_once >= T or q.device.type != "cpu" or goes_backwards:
+    if at_once >= T or not all(map(is_free, (q, k, v))):
         return attend(q, k, v, visible)
     mixed = q.new_empty(B, T, H, v.shape[-1])
     for some, seen, its in zip(

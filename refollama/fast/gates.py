@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refollama.fast.prepared import is_free
 from refollama.models.layers import swiglu
 
 GATES = 1 << 18  # of a part: two megabytes of float64
@@ -19,8 +20,7 @@ def swiglu_in_parts(gate: Tensor, up: Tensor) -> Tensor:
     """What `swiglu` computes.  Shapes: (B, T, d_ff), (B, T, d_ff) → the same"""
     B, T, width = gate.shape
     at_once = max(1, GATES // max(1, B * width))
-    goes_backwards = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if at_once >= T or gate.device.type != "cpu" or goes_backwards:
+    if at_once >= T or not (is_free(gate) and is_free(up)):
         return swiglu(gate, up)
     found = torch.empty_like(gate)
     for some, others, place in zip(
