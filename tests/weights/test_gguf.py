@@ -606,15 +606,17 @@ def test_a_large_file_opens_at_once_and_no_tensor_is_read(tmp_path):
     raw = file(entries, table)
     path.write_bytes(raw)
     os.truncate(path, len(raw) + 500 * size)
-    start = time.process_time()  # of this process alone: the machine may have more to do
-    open_gguf(path)
-    seconds = time.process_time() - start
+    seconds = []
+    for _ in range(5):  # once may meet a collection of all that a long run of tests has made
+        start = time.process_time()  # of this process alone: the machine may have more to do
+        open_gguf(path)
+        seconds.append(time.process_time() - start)
     tracemalloc.start()
     opened = open_gguf(path)
     views = [opened.bytes_of(name) for name in opened.tensors]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 0.5
+    assert min(seconds) < 0.5
     assert peak < 2 * MIB
     assert sum(view.nbytes for view in views) == 500 * size > 20e9
     assert opened.metadata["tokens"] == tokens
