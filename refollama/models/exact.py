@@ -4,8 +4,9 @@ That is what makes an answer the same whether its prompt was read at once, in pa
 cache. Libraries take other routines for few rows, which add in another order. Intel's MKL has a
 strict mode without them, which `refollama/__init__.py` asks for; but MKL reads that wish before its
 first product, so whoever multiplies first and imports later has it no more. On AMD's processors it
-does not help: fewer rows than four are computed in another way. So few rows go with copies of
-themselves, as many as are needed; how many that is on this machine is tried once.
+does not help: fewer rows than four are computed in another way, and narrow matrices in another way
+by each number of rows. So few rows go with copies of themselves, and so do narrow matrices; how
+many rows it takes on this machine is tried once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 TRIED = (1, 2, 4, 8)  # rows, at least
+# Outputs for each thread: of fewer MKL makes parts by how many rows there are, on AMD's processors.
+PER_THREAD = 12
 NONE = 0
 SHAPES = ((64, 96), (100, 37), (16, 2), (512, 256))  # (in, out) of the products that are tried
 ROWS = 300
@@ -36,10 +39,7 @@ def linear(
 
     by: what multiplies.
     """
-    if len(w) == 1:  # a matrix by a vector would take another routine, too
-        return linear(x, w.expand(2, -1), b if b is None else b.expand(2), by)[..., :1]
-    many = x.shape[:-1].numel() >= TRIED[-1] or x.device.type != "cpu"
-    return _at_least(NONE if many else fewest(by), x, w, b, by)
+    return _wide_enough(fewest(by) if x.device.type == "cpu" else NONE, x, w, b, by)
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -47,10 +47,14 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
     A row alone would be a vector by a matrix, even where matrices are multiplied strictly.
     """
-    rows = a.shape[-2]
-    if rows >= TRIED[-1] or rows >= (few := max(2, fewest())):
-        return a @ b
-    return (_repeated(a, few) @ b)[..., :rows, :]
+    rows, width = a.shape[-2], b.shape[-1]
+    few = fewest() if a.device.type == "cpu" else NONE
+    if 0 < width < _outputs(few):
+        b = _repeated(b.mT, _outputs(few)).mT
+    if 0 < rows < max(2, few):
+        a = _repeated(a, max(2, few))
+    y = a @ b
+    return y if y.shape[-2:] == (rows, width) else y[..., :rows, :width].contiguous()
 
 
 def rows_are_exact() -> bool:
@@ -79,11 +83,28 @@ def _tried(by: Multiply) -> int:
 
 
 def _alike(few: int, x: Tensor, w: Tensor, by: Multiply) -> bool:
-    together = by(x, w, None)
+    together = _wide_enough(few, x, w, None, by)
     return all(
-        torch.equal(_at_least(few, x[first:last], w, None, by), together[first:last])
+        torch.equal(_wide_enough(few, x[first:last], w, None, by), together[first:last])
         for first, last in PARTS
     )
+
+
+def _outputs(few: int) -> int:
+    """So many outputs are each computed as they are among more, beside that many rows or more.
+
+    By a matrix of one output, which is a vector, all libraries take another routine.
+    """
+    return 2 if few in (NONE, 1) else PER_THREAD * torch.get_num_threads()
+
+
+def _wide_enough(few: int, x: Tensor, w: Tensor, b: Tensor | None, by: Multiply) -> Tensor:
+    """The product; of a narrower matrix, with copies beside it."""
+    width, least = len(w), _outputs(few)
+    if not 0 < width < least:
+        return _at_least(few, x, w, b, by)
+    more = b if b is None else _repeated(b[:, None], least)[:, 0]
+    return _at_least(few, x, _repeated(w, least), more, by)[..., :width].contiguous()
 
 
 def _at_least(few: int, x: Tensor, w: Tensor, b: Tensor | None, by: Multiply) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from refollama.kvcache import PIECE
 from refollama.models import exact
-from refollama.models.exact import NONE, fewest, linear, rows_are_exact
+from refollama.models.exact import NONE, fewest, linear, rows_are_exact, times
 from refollama.models.layers import attend
 from refollama.models.load import load_net
 from tests.tiny import TOKENS, write_model
@@ -213,6 +213,19 @@ def test_whoever_multiplies_before_the_import_is_told(tmp_path):
     assert int(length) >= 2
     told = done.stderr.count("import refollama before anything else multiplies")
     assert told == (0 if alike == "True" else 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("multiply", [linear, lambda x, w: times(x, w.T)])
+def test_a_row_by_a_matrix_of_any_width_is_the_same_in_any_company(count, multiply):
+    """Several threads share out rows, or columns, by how many there are of both."""
+    rng = torch.Generator().manual_seed(0)
+    with threads(count):
+        for width in (*range(1, 34), 37, 48, 64, 71, 100):
+            x, w = torch.randn(40, 64, generator=rng), torch.randn(width, 64, generator=rng)
+            together = multiply(x, w)
+            for a, b in ((0, 1), (3, 5), (8, 11), (1, 9), (10, 22), (7, 24), (0, 33)):
+                assert torch.equal(multiply(x[a:b], w), together[a:b]), (width, b - a)
 
 
 def test_few_rows_are_computed_with_copies_of_themselves():
