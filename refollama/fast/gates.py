@@ -1,8 +1,8 @@
 """The gates of a prompt's feed-forward networks, for some of its tokens at a time.
 
-Of 512 tokens with 5632 gates each there are 12 MiB, and twice as many in float64: all at once they
-go to memory and come back four times, in memory that the system has to clear first. Every number
-is computed alike, so what comes out is the same to the last bit.
+Of 512 tokens with 5632 gates each there are 12 MiB: all at once they go to memory and come back
+four times, in memory that the system has to clear first. Every number is computed alike, so what
+comes out is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from refollama.fast.prepared import is_free
 from refollama.models.layers import swiglu
 
-GATES = 1 << 18  # of a part: two megabytes of float64
+GATES = 1 << 18  # of a part: a megabyte of float32
 
 
 def swiglu_in_parts(gate: Tensor, up: Tensor) -> Tensor:

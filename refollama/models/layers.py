@@ -211,10 +211,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes: x (…, H, D), cos and sin (…, 1, R/2). Neighbours form a pair: GGUF files of this family
     store the rows of Q and K in that order.
     """
-    R = 2 * cos.shape[-1]
-    u, v = x[..., 0:R:2], x[..., 1:R:2]
-    turned = torch.stack((u * cos - v * sin, u * sin + v * cos), dim=-1).flatten(-2)
-    return torch.cat((turned, x[..., R:]), dim=-1)
+    R, D = 2 * cos.shape[-1], x.shape[-1]
+    if R < D:
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1)
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    return x * _paired(cos, cos) + swapped * _paired(-sin, sin)
+
+
+def _paired(even: Tensor, odd: Tensor) -> Tensor:
+    """(…, n), (…, n) → (…, 2·n)"""
+    return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -247,7 +253,7 @@ def weighted(shares: Tensor, v: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up.  Source: Shazeer 2020, arXiv 2002.05202, equation 6 (Swish with β = 1).
 
-    exp in float32 may round differently at the end of a row, where no full vector is left; silu is
-    computed in float64, so that a token's place among others does not show.
+    Written out: torch's own silu rounds differently at the end of a row, where no full vector is
+    left, and a token's place among others would show; its exp does not.
     """
-    return functional.silu(gate.double()).to(gate.dtype) * up
+    return gate / (1 + torch.exp(-gate)) * up
