@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
@@ -19,11 +20,12 @@ from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
-from refollama.fast.laned import ROUTINES, LaneLinear, compile_product, is_there
-from refollama.fast.lanes import fits, form
+from refollama.fast.laned import ROUTINES, TOGETHER, LaneLinear, compile_product, is_there
+from refollama.fast.lanes import CODE, fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear, has_avx2
 from refollama.fast.routines import prune
+from refollama.fast.rows import compile_rows, name_of, rows_are_there
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Block, Llama
@@ -137,15 +139,15 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
     Raises: RefollamaError without a compiler, or if it fails; the net computes as it did then.
     """
     before = {name: part for name, part in net.named_modules() if _may_be_laned(part)}
-    products = [(kind, *which) for kind in lacking(net) for which in ROUTINES]
+    products = [job for kind in lacking(net) for job in _jobs(kind)]
     for name, part in before.items():
         laned = FastExperts(part, _laned) if isinstance(part, FastExperts) else _laned(part)
         _put(net, name, laned.train(part.training))
     try:
         total = len(products) + len(shapes(net, dtype))
-        for done, product in enumerate(products):
+        for done, job in enumerate(products):
             told(done, total)
-            compile_product(*product)
+            job()
         for old in before.values():  # lanes take no more memory than what they stand for
             for one in _each(old):
                 one.release()
@@ -156,20 +158,46 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
         for name, part in before.items():
             _put(net, name, part)
         raise
+    _join_rows(net)
     prune()
     return count
 
 
 def lacking(net: Llama) -> list[str]:
-    """The types of its matrices whose products could be compiled, and are not."""
+    """The types of its matrices whose products could be compiled, and are not: "Q4_0", or
+    "float16" of those that stay in 16 bits."""
     parts = [one for part in net.modules() if _may_be_laned(part) for one in _each(part)]
     kinds = {type_of(one) for one in parts if _fits_lanes(one)}
-    return sorted(kind for kind in kinds if not is_there(kind))
+    rows = [one for one in _halves(net) if one.in_pairs() and not _fits_lanes(one)]
+    numbers = {name_of(one.dtype) for one in rows}
+    return [
+        *sorted(kind for kind in kinds if not is_there(kind)),
+        *sorted(number for number in numbers if not rows_are_there(number)),
+    ]
+
+
+def _jobs(kind: str) -> list[Callable[[], None]]:
+    """What compiles each routine of such matrices."""
+    if kind in CODE:
+        return [partial(compile_product, kind, *which) for which in ROUTINES]
+    return [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
+
+
+def _join_rows(net: nn.Module) -> None:
+    for one in _halves(net):
+        one.join()
+
+
+def _halves(net: nn.Module) -> list[HalfLinear]:
+    parts = (one for part in net.modules() for one in _each(part))
+    return [one for one in parts if isinstance(one, HalfLinear)]
 
 
 def has_routines(net: Llama) -> bool:
     """Does it use anything that was compiled?"""
     parts = (one for part in net.modules() for one in (part, *_each(part)))
+    if any(one.has_routines for one in _halves(net)):
+        return True
     return any(isinstance(one, LaneLinear | CompiledBlock) for one in parts)
 
 

@@ -28,6 +28,7 @@ from refollama.fast.laned import TOGETHER, LaneLinear, filled, together_for
 from refollama.fast.prepared import FEW, Made, PreparedLinear, may_differ
 from refollama.fast.recorded import Recorded
 from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for
+from refollama.fast.rows import name_of
 from refollama.fast.slabs import columns, type_of
 from refollama.fast.step import IN_LANES, PACKED, PRODUCTS, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
@@ -192,7 +193,7 @@ def shape_of(block: nn.Module, dtype: torch.dtype = CACHES[0]) -> Shape | None:
         config.d_value,
         config.d_rotated,
         config.norm_eps,
-        _name(dtype),
+        name_of(dtype),
         block.attn_norm.weight.device.type,
     )
 
@@ -202,11 +203,7 @@ def _kind(part: Linear) -> str:
         return PACKED + type_of(part)
     if isinstance(part, LaneLinear):
         return IN_LANES + part.kind
-    return _name(part.dtype if isinstance(part, HalfLinear) else torch.float32)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return name_of(part.dtype if isinstance(part, HalfLinear) else torch.float32)
 
 
 # ── which routines ────────────────────────────────────────────────────────────────────────────
@@ -228,7 +225,7 @@ def join(net: Llama) -> int:
             continue
         routines: dict[tuple[torch.dtype, int], Routine] = {}
         for dtype in CACHES:
-            routines |= _routines(replace(shape, cache=_name(dtype)))
+            routines |= _routines(replace(shape, cache=name_of(dtype)))
         if routines:
             assert isinstance(block, Block)
             net.blk[index] = CompiledBlock(block, shape, routines)

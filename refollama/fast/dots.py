@@ -96,9 +96,19 @@ def rounded(x: Tensor, groups: int, nbytes: int = 2) -> Rounded:
 
 def whole_numbers(x: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
     """x ≈ unit · n, the largest n of each row has all bits: (…, n) → (…, n) int32, (…) float32"""
-    largest = x.abs().amax(-1).clamp(min=TINY)
+    largest = _largest(x.abs()).clamp(min=TINY)
     most = MOST << 8 * (nbytes - 1)
     return torch.round(x * (most / largest)[..., None]).int(), largest / most
+
+
+def _largest(x: Tensor) -> Tensor:
+    """(…, n) → (…).  Of few numbers by halves: a loop through them would be shared by all threads,
+    and begun anew for each row."""
+    if x.shape[-1] >= GROUP:
+        return x.amax(-1)
+    while x.shape[-1] > 1:
+        x = torch.maximum(*x.chunk(2, -1))
+    return once(x.flatten(1)).view(x.shape[:-1])
 
 
 def in_bytes(whole: Tensor, nbytes: int) -> Tensor:

@@ -5,6 +5,9 @@ A file's F16 and BF16 are taken as they lie in it. Whatever is packed and no mat
 for them) is copied: its values rounded to float16, by one in 2048 at most where they are larger
 than 6e-5, and by 3e-8 below. Floats of 4 bits lie too far apart for float16; bfloat16 holds them
 exactly.
+
+After `warm` few tokens are not rounded any more: routines of their own (`rows.py`) multiply by rows
+as they lie, in floats.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from refollama.fast.prepared import FLOAT, Made, PreparedLinear, bits_for, in_parts, may_round, room
+from refollama.fast.rows import PAIR, compiled_rows_times, name_of, rows_are_there
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import BLOCKS
@@ -32,6 +36,15 @@ class HalfLinear(PreparedLinear):
         super().__init__(part)
         self.kind = kind  # as which it is packed
         self.dtype = (NATIVE | COPIED)[kind]
+        self.join()
+
+    def join(self) -> None:
+        """Use the routines for such rows from now on, if they are there."""
+        self.has_routines = self.in_pairs() and rows_are_there(name_of(self.dtype))
+
+    def in_pairs(self) -> bool:
+        """Do rows fill pairs of vectors, as those routines want it?"""
+        return columns(self) % PAIR == 0
 
     def prepare(self) -> Made:
         """The matrix: (out, in)"""
@@ -52,6 +65,9 @@ class HalfLinear(PreparedLinear):
         if not may_round(x):
             return by_slabs(self if bits_for(x) == FLOAT else self._copy(), x)
         (matrix,) = self.prepared()
+        y = compiled_rows_times(x, matrix) if self.has_routines and len(x) else None
+        if y is not None:
+            return y if self.bias is None else y + self.bias
         times = functional.linear if are_alike(self.dtype) else _one_by_one
         y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))
         if not y.isfinite().all():  # what float16 cannot hold, float32 can

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from refollama.fast.dots import BYTES
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
 TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups of a block
 AHEAD = 2048  # words
+CHAINS = 2  # sums of a byte that take turns: each waits four cycles for what was added before
 HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
 
 
@@ -58,14 +59,19 @@ def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
     *sizes, count, W = numbers.get_size()
 
     def one(index: Sequence[Any]) -> Any:
-        words, found = [_at(index, code) for code in codes], _at(index, start)
-        load, place = numbers.make_loader(), _stretched(index, sizes)
-        for byte in range(count):
-            its = [load([*place, byte, word]) for word in range(W)]
-            before = ops.constant(0, torch.int32) if byte else found
-            sums = getattr(ops, _name(bits))(before, *words, *its)
+        words, place = [_at(index, code) for code in codes], _stretched(index, sizes)
+        load, parts = numbers.make_loader(), _parts(W)
+        chains = min(CHAINS, len(parts))
+        sums = [chains * [ops.constant(0, torch.int32)] for _ in range(count)]  # of each byte
+        sums[0][0] = _at(index, start)
+        for turn, part in enumerate(parts):
+            for byte, its in enumerate(sums):
+                pairs = *(words[at] for at in part), *(load([*place, byte, at]) for at in part)
+                its[turn % chains] = getattr(ops, _name(bits))(its[turn % chains], *pairs)
+        found, *others = [reduce(ops.add, its) for its in sums]
+        for byte, one in enumerate(others, 1):
             up = ops.constant(8 * byte, torch.int32)
-            found = ops.add(found, ops.bitwise_left_shift(sums, up)) if byte else sums
+            found = ops.add(found, ops.bitwise_left_shift(one, up))
         return found
 
     ranges = [
@@ -75,6 +81,13 @@ def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
     return Pointwise.create(
         device=start.get_device(), dtype=torch.int32, inner_fn=one, ranges=ranges
     )
+
+
+def _parts(count: int) -> list[list[int]]:
+    """Which of a sum's words are added by one expression: where there is an instruction for it each
+    by itself, so that sums take turns; else all, since sums in 16 bits are widened together."""
+    each = range(count)
+    return [[at] for at in each] if _has_instruction() else [[*each]]
 
 
 def _at(index: Sequence[Any], tensor: Any) -> Any:
@@ -122,6 +135,10 @@ def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
         else:
             found.append(_by_sixteen_bits(start + part, its, bits, width))
     return f"{V.kernel._get_vec_type(torch.int32)}({', '.join(found)})"
+
+
+def _has_instruction() -> bool:
+    return _has("avx512_vnni") or _has("avx_vnni")
 
 
 def _instruction(width: int) -> str:

@@ -229,17 +229,20 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     if code.s:
         step = step * _each_byte(small.pop(0))[:, None]
     # Σ (q − middle) · n begins at −middle · Σ n, so that q need not be moved.
-    starts = once((its.sums.int() * -code.middle).flatten(1)).view(1, G, *inner, M, 1).unbind(-2)
+    starts: Sequence[Tensor] = M * [torch.zeros(1, dtype=torch.int32)]
+    if code.middle:
+        moved = once((its.sums.int() * -code.middle).flatten(1))
+        starts = moved.view(1, G, *inner, M, 1).unbind(-2)
     units = its.units.view(1, G, *inner, M, 1).unbind(-2)
     numbers = its.words.view(1, G, *inner, M, x.nbytes, len(codes)).unbind(-3)
     found = [
         (dots(start, codes, one, code.bits).float() * (step * unit)).sum((2, 3, 4))
         for start, unit, one in zip(starts, units, numbers, strict=True)
     ]  # (T, G, 16) each: sixteen rows are read for all tokens, then the next sixteen
+    y = torch.stack(found)
     if code.m is not None:
-        lows = _lows(its.sums * its.units, small, groups)
-        found = [one - low for one, low in zip(found, lows, strict=True)]
-    return torch.stack(found).permute(2, 0, 1, 3).flatten(2)
+        y = y - torch.stack(_lows(its.sums * its.units, small, groups))
+    return y.permute(2, 0, 1, 3).flatten(2)
 
 
 def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:

@@ -28,7 +28,7 @@ from refollama.fast.instructions import teach, whole_vectors
 Routine = Callable[[list[Tensor]], list[Tensor]]
 WRITTEN = tuple(  # what makes them
     f"{name}.py"
-    for name in ("step", "lanes", "dots", "instructions", "laned", "compiled", "routines")
+    for name in ("step", "rows", "lanes", "dots", "instructions", "laned", "compiled", "routines")
 )
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"

@@ -20,6 +20,7 @@ from torch.nn import functional
 from refollama.fast.dots import GROUP, Rounded, once, rounded
 from refollama.fast.lanes import times
 from refollama.fast.prepared import Made
+from refollama.fast.rows import rows_times
 from refollama.models.layers import rotate
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
@@ -27,7 +28,6 @@ from refollama.weights.quants import LAYOUTS
 PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # Kinds of products; the others are the types of numbers of matrices that are not packed.
 IN_LANES, PACKED = "lanes ", "packed "  # and the type of the rows
-VECTOR = 16  # numbers
 PIECES = 64  # that a token is squared and summed in
 
 
@@ -119,26 +119,7 @@ class BlockStep(nn.Module):
         if kind.startswith(IN_LANES):
             assert tokens is not None
             return times(tokens, made, kind.removeprefix(IN_LANES))[0]
-        return _rows_times(x, made[0])
-
-
-def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """(B, in), (out, in) of any type → (B, out): each row is read once for all tokens."""
-    n, width = matrix.shape
-    # Of several tokens more is read than of a row: two rows at a time share them.
-    at_once = 2 if len(x) > 1 and n % 2 == 0 else 1
-    rows = matrix.view(-1, at_once, width).float().unbind(1)
-    found = [torch.stack([_inner(token, row) for row in rows], -1) for token in x.unbind()]
-    return torch.stack(found).flatten(1)
-
-
-def _inner(token: Tensor, rows: Tensor) -> Tensor:
-    """(in,), (n, in) → (n,): two vectors of a row are added up, and that to the sum."""
-    if len(token) % (2 * VECTOR):
-        return (token * rows).sum(-1)
-    one, other = token.expand(rows.shape).view(len(rows), -1, 2, VECTOR).unbind(2)
-    its, others = rows.view(len(rows), -1, 2, VECTOR).unbind(2)
-    return fma(one, its, other * others).sum((1, 2))
+        return rows_times(x, made[0])
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -154,11 +135,3 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)  # (B, Hk, G, S)
     mixed = [(share[..., None] * values).sum(-2) for share in shares.unbind(2)]  # (B, Hk, Dv)
     return torch.stack(mixed, 2).flatten(1, 2)
-
-
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a · b + c; compiled, with one rounding."""
-    from torch._inductor import inductor_prims  # takes a second, and only compilers come here
-
-    found: Tensor = inductor_prims.fma(a, b, c)
-    return found
