@@ -7,7 +7,7 @@
                          4, 5, 8 bits in groups of 32, before it
                                       ── nibbles, multiplied as they lie (nibbles.py)
                          F16, BF16, all others
-                                      ── 16 bits, multiplied as they lie (half.py)
+                                      ── 16 bits, multiplied as they lie (half.py, rows.py)
                          F32, and without memory
                                       ── unpacked some rows at a time (slabs.py)
          experts, each as a matrix of its type (experts.py)

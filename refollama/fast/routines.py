@@ -36,7 +36,8 @@ INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 AS_ONE = dict.fromkeys(
     ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 1 << 30
 )
-FOR_CPU = {"cpp.dynamic_threads": True, **AS_ONE}
+# Loops are laid out for all cores, by however many threads this process computes just now.
+FOR_CPU = {"cpp.dynamic_threads": True, "cpp.threads": os.cpu_count() or 1, **AS_ONE}
 
 log = logging.getLogger(__name__)
 _known: dict[Path, Routine] = {}

@@ -21,7 +21,6 @@ from refollama.fast.dots import GROUP, Rounded, once, rounded
 from refollama.fast.lanes import times
 from refollama.fast.prepared import Made
 from refollama.fast.rows import rows_times
-from refollama.models.layers import rotate
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 
@@ -77,8 +76,8 @@ class BlockStep(nn.Module):
         B, Hk, D = x.shape[0], self.shape.n_kv_heads, self.shape.d_head
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, R/2)
         q, k, v = self._times(self._norm(x, attn_norm), products, 0, 1, 2)
-        q = rotate(q.view(B, -1, D), cos, sin)  # (B, H, D)
-        k, v = rotate(k.view(B, Hk, D), cos, sin), v.view(B, Hk, -1)
+        q = _rotate(q.view(B, -1, D), cos, sin)  # (B, H, D)
+        k, v = _rotate(k.view(B, Hk, D), cos, sin), v.view(B, Hk, -1)
         places = slots[:, None], torch.arange(Hk, device=x.device), positions[:, None]
         keys.index_put_(places, k.to(keys.dtype))
         values.index_put_(places, v.to(values.dtype))
@@ -120,6 +119,14 @@ class BlockStep(nn.Module):
             assert tokens is not None
             return times(tokens, made, kind.removeprefix(IN_LANES))[0]
         return rows_times(x, made[0])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate`, the halves of pairs apart: compiled, swapped numbers are fetched one by one."""
+    R = 2 * cos.shape[-1]
+    u, v = x[..., 0:R:2], x[..., 1:R:2]
+    turned = torch.stack((u * cos - v * sin, u * sin + v * cos), -1).flatten(-2)
+    return torch.cat((turned, x[..., R:]), -1)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -61,6 +61,14 @@ def test_a_whole_number_is_off_by_half_a_unit(nbytes, values):
     assert x.abs().max() < 1e-25 or n.abs().max() == most
 
 
+@pytest.mark.parametrize("count", [8, 16, GROUP])
+def test_the_largest_of_a_row_has_all_bits(count):
+    x = torch.randn(2, 3, 5, count)
+    n, unit = whole_numbers(x, 2)
+    assert (n.abs().amax(-1) == MOST << 8).all()
+    torch.testing.assert_close(unit * (MOST << 8), x.abs().amax(-1))
+
+
 @pytest.mark.parametrize("nbytes", [1, 2])
 @pytest.mark.parametrize("count", [8, 16, GROUP])
 def test_each_byte_has_its_place(nbytes, count):
@@ -107,6 +115,12 @@ class Sums(torch.nn.Module):
 def test_each_processor_has_its_instruction(monkeypatch, has, names):
     monkeypatch.setattr(instructions, "_has", has.__contains__)
     assert {width: instructions._instruction(width) for width in (256, 512)} == names
+
+
+@pytest.mark.parametrize(("has", "parts"), [([], [[0, 1, 2]]), (["avx_vnni"], [[0], [1], [2]])])
+def test_words_take_turns_where_there_is_an_instruction(monkeypatch, has, parts):
+    monkeypatch.setattr(instructions, "_has", has.__contains__)
+    assert instructions._parts(3) == parts
 
 
 @pytest.mark.slow
