@@ -25,7 +25,7 @@ test: $(VENV)/.test  ## the tests that a commit must pass; a few minutes
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.clients  ## the long tests: real processes, other clients, thousands of damaged files
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadscope
 
 fidelity: $(VENV)/.test  ## measure every deviation again, and write docs/fidelity.md
 	$(BIN)/python -m pytest -m "" --fidelity=docs/fidelity.md

@@ -65,7 +65,7 @@ class HalfLinear(PreparedLinear):
         if not may_round(x):
             return by_slabs(self if bits_for(x) == FLOAT else self._copy(), x)
         (matrix,) = self.prepared()
-        y = compiled_rows_times(x, matrix) if self.has_routines and len(x) else None
+        y = compiled_rows_times(x, matrix) if self.has_routines and x.numel() else None
         if y is not None:
             return y if self.bias is None else y + self.bias
         times = functional.linear if are_alike(self.dtype) else _one_by_one
