@@ -39,7 +39,7 @@ def linear(
 
     by: what multiplies.
     """
-    return _wide_enough(fewest(by) if x.device.type == "cpu" else NONE, x, w, b, by)
+    return _wide_enough(_fewest_for(x, by), x, w, b, by)
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     A row alone would be a vector by a matrix, even where matrices are multiplied strictly.
     """
     rows, width = a.shape[-2], b.shape[-1]
-    few = fewest() if a.device.type == "cpu" else NONE
+    few = _fewest_for(a)
     if 0 < width < _outputs(few):
         b = _repeated(b.mT, _outputs(few)).mT
     if 0 < rows < max(2, few):
@@ -68,6 +68,12 @@ def fewest(by: Multiply = functional.linear) -> int:
     1 with MKL's strict mode on Intel's processors, 4 with it on AMD's.
     """
     return _tried(by)
+
+
+def _fewest_for(x: Tensor, by: Multiply = functional.linear) -> int:
+    """None is needed on a GPU, and none by a compiler, which adds in an order of its own."""
+    exact = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return fewest(by) if exact else NONE
 
 
 @cache
