@@ -196,9 +196,11 @@ def _halves(net: nn.Module) -> list[HalfLinear]:
 def has_routines(net: Llama) -> bool:
     """Does it use anything that was compiled?"""
     parts = (one for part in net.modules() for one in (part, *_each(part)))
-    if any(one.has_routines for one in _halves(net)):
-        return True
-    return any(isinstance(one, LaneLinear | CompiledBlock) for one in parts)
+    return any(
+        isinstance(one, LaneLinear | CompiledBlock)
+        or (isinstance(one, HalfLinear) and one.has_routines)
+        for one in parts
+    )
 
 
 def _each(part: nn.Module) -> list[PreparedLinear]:

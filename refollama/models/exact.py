@@ -49,10 +49,11 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     """
     rows, width = a.shape[-2], b.shape[-1]
     few = _fewest_for(a)
-    if 0 < width < _outputs(few):
-        b = _repeated(b.mT, _outputs(few)).mT
-    if 0 < rows < max(2, few):
-        a = _repeated(a, max(2, few))
+    high, wide = max(2, few), _outputs(few)
+    if 0 < width < wide:
+        b = _repeated(b.mT, wide).mT
+    if 0 < rows < high:
+        a = _repeated(a, high)
     y = a @ b
     return y if y.shape[-2:] == (rows, width) else y[..., :rows, :width].contiguous()
 

@@ -16,6 +16,7 @@ from refollama.fast.rows import (
     RowsProduct,
     at_once,
     compiled_rows_times,
+    name_of,
     path_of,
     rows_are_there,
     rows_times,
@@ -102,6 +103,7 @@ def test_rows_that_fill_no_pairs_go_on_as_they_did(place, monkeypatch):  # noqa:
 def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: F811
     net, told = net_of(kind), []
     old = net.get_submodule(kind)
+    assert type(old) is HalfLinear
     assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
     assert told == [(0, 2), (1, 2), (2, 2)]
     assert has_routines(net)
@@ -123,7 +125,7 @@ def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: 
     x = tokens(1).requires_grad_()
     old(x).sum().backward()  # goes the long way
     assert x.grad is not None
-    number = str(old.dtype).removeprefix("torch.")
+    number = name_of(old.dtype)
     path_of(number, 1).unlink()
     forget()
     assert not rows_are_there(number)
