@@ -13,6 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from refollama.fast import fixed
 from refollama.fast.attention import attend_in_parts
 from refollama.fast.compiled import CACHES, CompiledBlock, compile_blocks, join, shapes
 from refollama.fast.copies import kept
@@ -172,7 +173,7 @@ def lacking(net: Llama) -> list[str]:
     numbers = {name_of(one.dtype) for one in rows}
     return [
         *sorted(kind for kind in kinds if not is_there(kind)),
-        *sorted(number for number in numbers if not rows_are_there(number)),
+        *sorted(one for one in numbers if not (rows_are_there(one) and fixed.is_there(one))),
     ]
 
 
@@ -180,7 +181,8 @@ def _jobs(kind: str) -> list[Callable[[], None]]:
     """What compiles each routine of such matrices."""
     if kind in CODE:
         return [partial(compile_product, kind, *which) for which in ROUTINES]
-    return [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
+    rows = [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
+    return [*rows, partial(fixed.compile_laying, kind), fixed.compile_product]
 
 
 def _join_rows(net: nn.Module) -> None:

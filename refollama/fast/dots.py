@@ -3,6 +3,7 @@
     32 values of a token      x ≈ unit · n,   n = 256 · high + low, two bytes     (or n, one byte)
     four codes of a row       a word of 32 bits
     dots                      a sum + code · byte, four products for each pair of words
+    pairs                     a sum of two products of 16 bits by 16 for each (`fixed.py`)
 
 So a token has 16 bits, the largest of each 32 values all of them: a product is off by some 0.00003,
 where keys and values in float16 are off by ten times as much. All sums of 32 are whole numbers,
@@ -12,6 +13,7 @@ tokens; its kernels for AVX2 and VNNI multiply as `dots` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 GROUP = 32  # values of a token that share a unit
 WORD = 32  # bits
+HALF = WORD // 2
 BYTES = 4  # of a word
 MOST = 127  # of a byte; −128 would have no counterpart
 TINY = 1e-30  # a group of nothing but zeros has a unit, too
@@ -46,6 +49,26 @@ def dots(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> 
 @dots.register_fake
 def _(start: Tensor, codes: Sequence[Tensor], numbers: Tensor, bits: int) -> Tensor:
     return start + codes[0] + numbers[..., 0, :1]  # of the same shape
+
+
+@torch.library.custom_op("refollama::pairs", mutates_args=())
+def pairs(codes: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """Σ over words, over their two halves:  code · n, both from −2 ^ 15 to 2 ^ 15 − 1.
+
+    codes: W times (…, L) int32; numbers (…, W) int32, one for all L → (…, L) int32. Sizes of 1
+    stretch. Whoever wants all of a sum sees to it that 32 bits hold it.
+    """
+    found = torch.zeros(1, dtype=torch.int32)
+    for at, word in enumerate(codes):
+        for up in (HALF, 0):
+            n = numbers[..., at, None] << up >> HALF
+            found = found + (word << up >> HALF) * n
+    return found
+
+
+@pairs.register_fake
+def _(codes: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    return codes[0] + numbers[..., :1]
 
 
 @dataclass
@@ -91,19 +114,29 @@ def rounded(x: Tensor, groups: int, nbytes: int = 2) -> Rounded:
     """Tokens in whole numbers of two bytes, or one.  x (G, M, in) float32, in = groups · 32"""
     G, M, _ = x.shape
     values = x.view(G, M, groups, GROUP).transpose(1, 2)
-    return Rounded(*whole_numbers(values, nbytes), nbytes)
+    return Rounded(*whole_numbers(values, most_of(nbytes)), nbytes)
 
 
-def whole_numbers(x: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
-    """x ≈ unit · n, the largest n of each row has all bits: (…, n) → (…, n) int32, (…) float32"""
-    largest = _largest(x.abs()).clamp(min=TINY)
-    most = MOST << 8 * (nbytes - 1)
+def most_of(nbytes: int) -> int:
+    """The largest number of so many bytes, of which each is `MOST` at most."""
+    return MOST << 8 * (nbytes - 1)
+
+
+def whole_numbers(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """x ≈ unit · n, the largest n of each row is `most`: (…, n) → (…, n) int32, (…) float32"""
+    return by_largest(x, largest_of(x), most)
+
+
+def by_largest(x: Tensor, largest: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The same, where it is known what the largest of each row is: (…, n), (…)"""
+    largest = largest.clamp(min=TINY)
     return torch.round(x * (most / largest)[..., None]).int(), largest / most
 
 
-def _largest(x: Tensor) -> Tensor:
-    """(…, n) → (…).  Of few numbers by halves: a loop through them would be shared by all threads,
-    and begun anew for each row."""
+def largest_of(x: Tensor) -> Tensor:
+    """(…, n) → (…), without signs.  Of few numbers by halves: a loop through them would be shared
+    by all threads, and begun anew for each row."""
+    x = x.abs()
     if x.shape[-1] >= GROUP:
         return x.amax(-1)
     while x.shape[-1] > 1:
@@ -127,5 +160,6 @@ def in_bytes(whole: Tensor, nbytes: int) -> Tensor:
 
 
 def once(x: Tensor) -> Tensor:
-    """x (M, n), which a compiler would else compute anew for each number that is made of it."""
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
+    """x, which a compiler would else compute anew for each number that is made of it."""
+    strides = [math.prod(x.shape[at:]) for at in range(1, x.dim() + 1)]
+    return x.contiguous().as_strided(x.shape, strides)

@@ -7,7 +7,7 @@ than 6e-5, and by 3e-8 below. Floats of 4 bits lie too far apart for float16; bf
 exactly.
 
 After `warm` few tokens are not rounded any more: routines of their own (`rows.py`) multiply by rows
-as they lie, in floats.
+as they lie, in floats. Prompts have numbers of 14 bits (`fixed.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.prepared import FLOAT, Made, PreparedLinear, bits_for, in_parts, may_round, room
+from refollama.fast.fixed import fits, fixed_times, is_there
+from refollama.fast.prepared import (
+    FLOAT,
+    Made,
+    PreparedLinear,
+    bits_for,
+    bytes_for,
+    in_parts,
+    may_round,
+    room,
+)
 from refollama.fast.rows import PAIR, compiled_rows_times, name_of, rows_are_there
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
@@ -40,7 +50,8 @@ class HalfLinear(PreparedLinear):
 
     def join(self) -> None:
         """Use the routines for such rows from now on, if they are there."""
-        self.has_routines = self.in_pairs() and rows_are_there(name_of(self.dtype))
+        number = name_of(self.dtype)
+        self.has_routines = self.in_pairs() and rows_are_there(number) and is_there(number)
 
     def in_pairs(self) -> bool:
         """Do rows fill pairs of vectors, as those routines want it?"""
@@ -62,17 +73,26 @@ class HalfLinear(PreparedLinear):
         return [(self.dtype, (len(self.weight), columns(self)))]
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._by_routines(x) if self.has_routines and x.numel() else None
+        if y is not None:
+            return y if self.bias is None else y + self.bias
         if not may_round(x):
             return by_slabs(self if bits_for(x) == FLOAT else self._copy(), x)
         (matrix,) = self.prepared()
-        y = compiled_rows_times(x, matrix) if self.has_routines and x.numel() else None
-        if y is not None:
-            return y if self.bias is None else y + self.bias
         times = functional.linear if are_alike(self.dtype) else _one_by_one
         y = in_parts(x.to(self.dtype), len(matrix), partial(times, weight=matrix))
         if not y.isfinite().all():  # what float16 cannot hold, float32 can
             return by_slabs(self, x)
         return y.float() if self.bias is None else y.float() + self.bias
+
+    def _by_routines(self, x: Tensor) -> Tensor | None:
+        """None: they are not for these tokens, or are gone."""
+        if bytes_for(x) < 2:
+            return None
+        (matrix,) = self.prepared()
+        if may_round(x):
+            return compiled_rows_times(x, matrix)
+        return fixed_times(x, matrix) if fits(*matrix.shape) else None
 
     def _copy(self) -> Linear:
         """What need not be unpacked."""

@@ -1,12 +1,14 @@
-"""What torch's compiler is taught: the instruction for `dots`, and to leave vectors whole.
+"""What torch's compiler is taught: instructions for `dots` and `pairs`, and to leave vectors whole.
 
 A compiler of tensors knows sums and products, and has no word for an instruction that multiplies
-bytes four by four and adds them up. Here it gets one: `dots` goes through it as any operation on
-each number does, and comes out as
+bytes four by four and adds them up, or numbers of 16 bits two by two. Here it gets one: both go
+through it as any operation on each number does, and come out as
 
-    AVX-512 VNNI, AVX-VNNI    vpdpbusd               64 products, 32
-    AVX-512, AVX2             vpmaddubsw, vpaddw     64, 32: sums of two, in 16 bits, while these
-                              vpmaddwd at the end    can hold them
+    dots     AVX-512 VNNI, AVX-VNNI    vpdpbusd               64 products, 32
+             AVX-512, AVX2             vpmaddubsw, vpaddw     64, 32: sums of two, in 16 bits,
+                                       vpmaddwd at the end    while these can hold them
+    pairs    AVX-512 VNNI, AVX-VNNI    vpdpwssd               32, 16
+             AVX-512, AVX2             vpmaddwd, vpaddd       32, 16
 
 Sources: Intel's Intrinsics Guide; the lowering and the two sets of C++ expressions, for vectors
 and for single numbers, are those of `torch._inductor`.
@@ -14,6 +16,7 @@ and for single numbers, are those of `torch._inductor`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
@@ -21,25 +24,27 @@ from typing import Any
 
 import torch
 
-from refollama.fast.dots import BYTES
+from refollama.fast.dots import HALF, WORD
 
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
 TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups of a block
 AHEAD = 2048  # words
-CHAINS = 2  # sums of a byte that take turns: each waits four cycles for what was added before
-HALF = 4  # bits: codes of 8 are multiplied by halves where sums have 16
+CHAINS = 2  # sums that take turns: each waits four cycles for what was added before
+PLACE = "place"  # what torch's compiler loaded a number from, as an expression of C++
+FOUR = 4  # bits: codes of 8 are multiplied by halves where sums have 16
 
 
 @cache
 def teach() -> None:
-    """torch's compiler what `dots` is."""
+    """torch's compiler what `dots` and `pairs` are."""
     from torch._inductor.codegen.cpp import CppOverrides, CppVecOverrides
     from torch._inductor.lowering import register_lowering
     from torch._inductor.utils import register_op_dtype_propagation_rules
     from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND
 
     register_lowering(torch.ops.refollama.dots.default, type_promotion_kind=None)(_lowered)
-    for bits in range(1, 9):
+    register_lowering(torch.ops.refollama.pairs.default, type_promotion_kind=None)(_lowered_pairs)
+    for bits in (*range(1, 9), HALF):
         kind = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
         register_op_dtype_propagation_rules(_name(bits), kind, torch.int32)
         for overrides, write in ((CppOverrides, _one_by_one), (CppVecOverrides, _vectors)):
@@ -47,13 +52,13 @@ def teach() -> None:
 
 
 def _name(bits: int) -> str:
-    """Of what adds up products of codes of so many bits, and numbers of one byte."""
+    """Of what adds up products of codes of so many bits, and numbers of one byte, or of 16 bits as
+    well."""
     return f"dots_of_{bits}_bits"
 
 
 def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
     """`dots`, as each of its numbers is computed."""
-    from torch._inductor.ir import Pointwise
     from torch._inductor.virtualized import ops
 
     *sizes, count, W = numbers.get_size()
@@ -74,12 +79,36 @@ def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
             found = ops.add(found, ops.bitwise_left_shift(one, up))
         return found
 
+    return _of_each(one, codes, sizes)
+
+
+def _lowered_pairs(codes: Sequence[Any], numbers: Any) -> Any:
+    """`pairs`, as each of its numbers is computed."""
+    from torch._inductor.virtualized import ops
+
+    sizes = numbers.get_size()[:-1]
+
+    def one(index: Sequence[Any]) -> Any:
+        place, load = _stretched(index, sizes), numbers.make_loader()
+        sums = CHAINS * [ops.constant(0, torch.int32)]
+        for at, code in enumerate(codes):
+            word, number = _at(index, code), load([*place, at])
+            sums[at % CHAINS] = getattr(ops, _name(HALF))(sums[at % CHAINS], word, number)
+        return reduce(ops.add, sums)
+
+    return _of_each(one, codes, sizes)
+
+
+def _of_each(one: Callable[[Sequence[Any]], Any], codes: Sequence[Any], sizes: list[Any]) -> Any:
+    """What computes each sum of codes (…, L) and numbers of these sizes, which may stretch."""
+    from torch._inductor.ir import Pointwise
+
     ranges = [
         other if size == 1 else size
         for size, other in zip(codes[0].get_size(), [*sizes, 1], strict=True)
     ]
     return Pointwise.create(
-        device=start.get_device(), dtype=torch.int32, inner_fn=one, ranges=ranges
+        device=codes[0].get_device(), dtype=torch.int32, inner_fn=one, ranges=ranges
     )
 
 
@@ -100,52 +129,91 @@ def _stretched(index: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
 
 
 def _expression(
-    bits: int, write: Callable[[str, list[tuple[str, str]], int], str]
+    bits: int, write: Callable[[str, list[tuple[str, Any]], int], str]
 ) -> Callable[..., str]:
     def expression(start: object, *others: object) -> str:
-        words = [str(one) for one in others]
-        pairs = zip(words[: len(words) // 2], words[len(words) // 2 :], strict=True)
+        half = len(others) // 2
+        pairs = zip(map(str, others[:half]), others[half:], strict=True)
         return write(str(start), list(pairs), bits)
 
     expression.__name__ = _name(bits)
     return expression
 
 
-def _one_by_one(start: str, pairs: list[tuple[str, str]], _: int) -> str:
+def _one_by_one(start: str, pairs: list[tuple[str, Any]], bits: int) -> str:
     terms = [start]
     for code, number in pairs:
-        for up in range(0, 8 * BYTES, 8):
-            terms.append(f"({code} >> {up} & 255) * static_cast<int8_t>({number} >> {up})")
+        for up in (0, HALF) if bits == HALF else range(0, WORD, 8):
+            if bits == HALF:
+                q, n = (f"static_cast<int16_t>({one} >> {up})" for one in (code, number))
+            else:
+                q, n = f"({code} >> {up} & 255)", f"static_cast<int8_t>({number} >> {up})"
+            terms.append(f"{q} * {n}")
     return f"static_cast<int32_t>({' + '.join(terms)})"
 
 
-def _vectors(start: str, pairs: list[tuple[str, str]], bits: int) -> str:
+def _vectors(start: str, pairs: list[tuple[str, Any]], bits: int) -> str:
     """Of one vector of words, or of two where sixteen words fill as many."""
     from torch._inductor.virtualized import V
 
     width, count = V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32)
-    instruction, found = _instruction(width), []
+    found = []
     for part in [""] if count == 1 else [f"[{at}]" for at in range(count)]:
-        its = [(code + part, number + part) for code, number in pairs]
-        if instruction:
-            vector = f"__m{width}i"  # some compilers have a macro for it, which casts by itself
-            found.append(f"{vector}({start}{part})")
-            for code, number in its:
-                found[-1] = f"{instruction}({found[-1]}, {vector}({code}), {vector}({number}))"
+        its = [(code + part, f"{number}{part}") for code, number in pairs]
+        if _instruction(width, bits):
+            places = [getattr(number, PLACE, "") for _, number in pairs]
+            found.append(_by_instruction(start + part, its, places, bits, width))
+        elif bits == HALF:
+            found.append(_by_madd(start + part, its, width))
         else:
             found.append(_by_sixteen_bits(start + part, its, bits, width))
     return f"{V.kernel._get_vec_type(torch.int32)}({', '.join(found)})"
+
+
+def _by_instruction(
+    start: str, pairs: list[tuple[str, str]], places: list[str], bits: int, width: int
+) -> str:
+    """A number that stands for a whole vector is taken from where it lies, by the instruction
+    itself: made into a vector before, it takes a load of its own, and those are what eight tokens
+    wait for. Compilers do not see that by themselves."""
+    vector = f"__m{width}i"  # some compilers have a macro for it, which casts by itself
+    found = f"{vector}({start})"
+    for (code, number), place in zip(pairs, places, strict=True):
+        if place and _takes_numbers():
+            inputs = f'"v"({vector}({code})), "m"({place})'
+            many = f"%2%{{1to{width // WORD}%}}"
+            asm = f'asm("vp{_called(bits)} {many}, %1, %0" : "+v"(sum) : {inputs})'
+            found = f"[&]({vector} sum) {{ {asm}; return sum; }}({found})"
+        else:
+            found = f"{_instruction(width, bits)}({found}, {vector}({code}), {vector}({number}))"
+    return found
+
+
+def _by_madd(start: str, pairs: list[tuple[str, str]], width: int) -> str:
+    do = f"_mm{width}"
+    for code, number in pairs:
+        start = f"{do}_add_epi32({start}, {do}_madd_epi16({code}, {number}))"
+    return start
 
 
 def _has_instruction() -> bool:
     return _has("avx512_vnni") or _has("avx_vnni")
 
 
-def _instruction(width: int) -> str:
-    """What vpdpbusd is called in C++; "" where this processor has none."""
+def _called(bits: int) -> str:
+    return "dpwssd" if bits == HALF else "dpbusd"
+
+
+def _instruction(width: int, bits: int) -> str:
+    """What vpdpbusd, or vpdpwssd, is called in C++; "" where this processor has none."""
     if _has("avx512_vnni"):
-        return f"_mm{width}_dpbusd_epi32"
-    return "_mm256_dpbusd_avx_epi32" if width == 256 and _has("avx_vnni") else ""
+        return f"_mm{width}_{_called(bits)}_epi32"
+    return f"_mm256_{_called(bits)}_avx_epi32" if width == 256 and _has("avx_vnni") else ""
+
+
+def _takes_numbers() -> bool:
+    """Can the instruction take one number for all places, and does the compiler take assembly?"""
+    return _has("avx512_vnni") and sys.platform != "win32"
 
 
 def _has(capability: str) -> bool:
@@ -159,14 +227,14 @@ def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width:
     """As many sums of two products as 16 bits hold, before they are widened."""
     do, all_bits = f"_mm{width}", f"si{width}"
     if 2 * 128 * ((1 << bits) - 1) > MOST_OF_16:
-        low = f"{do}_set1_epi8({(1 << HALF) - 1})"
+        low = f"{do}_set1_epi8({(1 << FOUR) - 1})"
         lower = [(f"{do}_and_{all_bits}({code}, {low})", number) for code, number in pairs]
         upper = [
-            (f"{do}_and_{all_bits}({do}_srli_epi16({code}, {HALF}), {low})", number)
+            (f"{do}_and_{all_bits}({do}_srli_epi16({code}, {FOUR}), {low})", number)
             for code, number in pairs
         ]
-        found = _by_sixteen_bits(start, lower, HALF, width)
-        return _widened(found, upper, HALF, width, 1 << HALF)
+        found = _by_sixteen_bits(start, lower, FOUR, width)
+        return _widened(found, upper, FOUR, width, 1 << FOUR)
     return _widened(start, pairs, bits, width, 1)
 
 
@@ -189,7 +257,12 @@ def whole_vectors() -> Iterator[None]:
     from torch._inductor.codegen.cpp import CppVecKernel
 
     kernel: Any = CppVecKernel
-    changes = {"_get_vec_load_line": _load_line, "get_to_dtype_expr": _conversion}
+    changes = {
+        "_get_vec_load_line": _load_line,
+        "get_to_dtype_expr": _conversion,
+        "load": _load,
+        "broadcast": _broadcast,
+    }
     before = {name: getattr(kernel, name) for name in changes if hasattr(kernel, name)}
     for name, written in before.items():
         setattr(kernel, name, changes[name](written))
@@ -225,6 +298,34 @@ def _load_line(before: Callable[..., str]) -> Callable[..., str]:
         return f"({soon}{load}loadu({place}))"
 
     return line
+
+
+def _load(before: Callable[..., Any]) -> Callable[..., Any]:
+    """What is loaded knows where it lies: so far behind a place that its neighbours share."""
+
+    def load(self: Any, name: str, index: Any) -> Any:
+        from torch._inductor.codegen import cpp_utils
+
+        write: Any = cpp_utils.cexpr_index
+        found = before(self, name, index)
+        if not found.is_vec:
+            far, shared = self.rename_indexing(index).as_coeff_Add()
+            place = f"({self.args.input(name)} + {write(shared)})[{write(far)}]"
+            setattr(found, PLACE, place)
+        return found
+
+    return load
+
+
+def _broadcast(before: Callable[..., Any]) -> Callable[..., Any]:
+    """So does the vector that a number becomes."""
+
+    def broadcast(self: Any, number: Any) -> Any:
+        found = before(self, number)
+        setattr(found, PLACE, getattr(number, PLACE, None))
+        return found
+
+    return broadcast
 
 
 def _conversion(before: Callable[..., str]) -> Callable[..., str]:

@@ -26,7 +26,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from refollama.fast.dots import BYTES, WORD, Rounded, dots, in_bytes, once, whole_numbers
+from refollama.fast.dots import BYTES, WORD, Rounded, dots, in_bytes, most_of, once, whole_numbers
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
@@ -256,7 +256,7 @@ def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:
     if len(small) == 1:
         each = once(sums.flatten(1)).view(1, G, B, groups, M, 1).unbind(-2)
         return [-(m[:, :, :, None] * one).sum((2, 3)) for one in each]
-    whole, unit = whole_numbers(sums.view(G, B, groups, M).transpose(2, 3), 2)
+    whole, unit = whole_numbers(sums.view(G, B, groups, M).transpose(2, 3), most_of(2))
     numbers = once(in_bytes(whole, 2).flatten(1)).view(1, G, B, M, 2, groups // BYTES).unbind(3)
     units = once(unit.flatten(1)).view(1, G, B, M, 1).unbind(-2)
     least = small[1][:, None].unbind(-2)

@@ -26,10 +26,8 @@ from refollama.errors import RefollamaError
 from refollama.fast.instructions import teach, whole_vectors
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
-WRITTEN = tuple(  # what makes them
-    f"{name}.py"
-    for name in ("step", "rows", "lanes", "dots", "instructions", "laned", "compiled", "routines")
-)
+# The pages that make them.
+WRITTEN = "step", "rows", "fixed", "lanes", "dots", "instructions", "laned", "compiled", "routines"
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # A product that is written code by code is one loop: nothing of it goes to memory in between.
@@ -69,7 +67,7 @@ def path_for(told: object, device: str = "cpu") -> Path:
 @cache
 def maker(device: str = "cpu") -> str:
     """What names of files begin with."""
-    code = [Path(__file__).with_name(name).read_text() for name in WRITTEN]
+    code = [Path(__file__).with_name(f"{name}.py").read_text() for name in WRITTEN]
     if device == "cuda":
         properties = [torch.cuda.get_device_name(), torch.version.cuda]
         return _digest([*properties, torch.__version__, *code])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refollama.fast import instructions
-from refollama.fast.dots import MOST, dots, in_bytes, rounded, whole_numbers
+from refollama.fast.dots import HALF, MOST, dots, in_bytes, most_of, pairs, rounded, whole_numbers
 from refollama.fast.prepared import has_avx2
 from refollama.fast.routines import compile_to, loaded
 
@@ -37,8 +37,9 @@ def slowly(start, codes, numbers):
     return start + (np.moveaxis(codes.astype(float), 0, -2) * n).sum((-1, -2))
 
 
-def words(bytes):
-    """(…, 4) → (…) int32"""
+def words(bytes, each=4):
+    """(…, each) → (…) int32"""
+    assert bytes.shape[-1] == each
     return torch.from_numpy(np.ascontiguousarray(bytes).view(np.int32)[..., 0])
 
 
@@ -54,8 +55,8 @@ def test_a_sum_is_that_of_all_bytes(bits):
 @given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=GROUP, max_size=GROUP))
 def test_a_whole_number_is_off_by_half_a_unit(nbytes, values):
     x = torch.tensor(values).float()
-    n, unit = whole_numbers(x, nbytes)
-    most = MOST << 8 * (nbytes - 1)
+    most = most_of(nbytes)
+    n, unit = whole_numbers(x, most)
     assert n.abs().max() <= most
     assert (n * unit.double() - x.double()).abs().max() <= 0.51 * unit.double()
     assert x.abs().max() < 1e-25 or n.abs().max() == most
@@ -64,7 +65,7 @@ def test_a_whole_number_is_off_by_half_a_unit(nbytes, values):
 @pytest.mark.parametrize("count", [8, 16, GROUP])
 def test_the_largest_of_a_row_has_all_bits(count):
     x = torch.randn(2, 3, 5, count)
-    n, unit = whole_numbers(x, 2)
+    n, unit = whole_numbers(x, most_of(2))
     assert (n.abs().amax(-1) == MOST << 8).all()
     torch.testing.assert_close(unit * (MOST << 8), x.abs().amax(-1))
 
@@ -72,7 +73,7 @@ def test_the_largest_of_a_row_has_all_bits(count):
 @pytest.mark.parametrize("nbytes", [1, 2])
 @pytest.mark.parametrize("count", [8, 16, GROUP])
 def test_each_byte_has_its_place(nbytes, count):
-    most = MOST << 8 * (nbytes - 1)
+    most = most_of(nbytes)
     n = torch.from_numpy(np.random.default_rng(0).integers(-most, most + 1, (7, count)))
     n[0, :2] = torch.tensor([-most, most])
     found = in_bytes(n.int(), nbytes).numpy()
@@ -98,8 +99,11 @@ def source(routine):
 class Sums(torch.nn.Module):
     """`dots` of codes of all sizes, as it is compiled."""
 
-    def forward(self, start, numbers, *codes):
-        found = [dots(start, [*one.unbind()], numbers, bits + 1) for bits, one in enumerate(codes)]
+    def forward(self, start, numbers, codes):
+        found = [
+            dots(start, [*one.unbind()], numbers, bits + 1)
+            for bits, one in enumerate(codes.unbind())
+        ]
         return torch.stack(found)
 
 
@@ -107,14 +111,16 @@ class Sums(torch.nn.Module):
     ("has", "names"),
     [
         ([], {256: "", 512: ""}),
-        (["avx_vnni"], {256: "_mm256_dpbusd_avx_epi32", 512: ""}),
-        (["avx512_vnni"], {256: "_mm256_dpbusd_epi32", 512: "_mm512_dpbusd_epi32"}),
-        (["avx512_vnni", "avx_vnni"], {256: "_mm256_dpbusd_epi32", 512: "_mm512_dpbusd_epi32"}),
+        (["avx_vnni"], {256: "_mm256_dp{}_avx_epi32", 512: ""}),
+        (["avx512_vnni"], {256: "_mm256_dp{}_epi32", 512: "_mm512_dp{}_epi32"}),
+        (["avx512_vnni", "avx_vnni"], {256: "_mm256_dp{}_epi32", 512: "_mm512_dp{}_epi32"}),
     ],
 )
-def test_each_processor_has_its_instruction(monkeypatch, has, names):
+@pytest.mark.parametrize(("bits", "called"), [(4, "busd"), (8, "busd"), (HALF, "wssd")])
+def test_each_processor_has_its_instruction(monkeypatch, has, names, bits, called):
     monkeypatch.setattr(instructions, "_has", has.__contains__)
-    assert {width: instructions._instruction(width) for width in (256, 512)} == names
+    for width, name in names.items():
+        assert instructions._instruction(width, bits) == name.format(called)
 
 
 @pytest.mark.parametrize(("has", "parts"), [([], [[0, 1, 2]]), (["avx_vnni"], [[0], [1], [2]])])
@@ -123,37 +129,75 @@ def test_words_take_turns_where_there_is_an_instruction(monkeypatch, has, parts)
     assert instructions._parts(3) == parts
 
 
+class Pairs(torch.nn.Module):
+    """`pairs`, as it is compiled."""
+
+    def forward(self, numbers, codes):
+        return pairs([*codes.unbind()], numbers)
+
+
+VECTORS = pytest.mark.parametrize(
+    ("vectors", "has", "name"),
+    [
+        (256, [], ""),
+        (256, ["avx_vnni"], "_mm256_dp{}_avx_epi32"),
+        (256, ["avx512_vnni"], "vpdp{}"),
+        (512, ["avx512_f"], ""),
+        (512, ["avx512_vnni"], "vpdp{}"),
+    ],
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
-@pytest.mark.parametrize(
-    ("vectors", "has", "name"),
-    [
-        (256, [], "_mm256_maddubs_epi16"),
-        (256, ["avx_vnni"], "_mm256_dpbusd_avx_epi32"),
-        (256, ["avx512_vnni"], "_mm256_dpbusd_epi32"),
-        (512, ["avx512_f"], "_mm512_maddubs_epi16"),
-        (512, ["avx512_vnni"], "_mm512_dpbusd_epi32"),
-    ],
-)
+@VECTORS
 def test_instructions_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
     """Those of all kinds that this processor has."""
+    routine = compiled(tmp_path, monkeypatch, vectors, has, name, "busd")
+    cases = [case(bits) for bits in range(1, 9)]
+    start, _, numbers = cases[0]
+    codes = torch.stack([words(one[1]) for one in cases])
+    [found] = routine(Sums(), torch.from_numpy(start), words(numbers), codes)
+    for one, (_, its_codes, _) in zip(found, cases, strict=True):
+        assert np.array_equal(one.numpy(), slowly(start, its_codes, numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+@VECTORS
+def test_instructions_for_pairs_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
+    routine = compiled(tmp_path, monkeypatch, vectors, has, name, "wssd")
+    most = (1 << 13) - 1
+    rng = np.random.default_rng(0)
+    numbers = words(rng.integers(-most, most + 1, (1, 5, 16, 2)).astype(np.int16), 2)
+    codes = words(rng.integers(-most, most + 1, (16, 3, 1, LANES, 2)).astype(np.int16), 2)
+    [found] = routine(Pairs(), numbers, codes)
+    assert torch.equal(found, pairs([*codes], numbers))
+
+
+def compiled(folder, monkeypatch, vectors, has, name, called):
+    """What compiles something for a processor with nothing but this, and runs it."""
     if not all(map(instructions._has, has)):
         pytest.skip(f"needs {has}")
     monkeypatch.setattr(instructions, "_has", has.__contains__)
-    cases = [case(bits) for bits in range(1, 9)]
-    start, _, numbers = cases[0]
-    codes = [words(one[1]) for one in cases]
-    inputs = torch.from_numpy(start), words(numbers), *codes
-    with torch._inductor.config.patch({"cpp.simdlen": vectors}):
-        compile_to(tmp_path / "sums.pt2", Sums(), inputs, (None, None, (None,) * 8))
-    assert {*re.findall(r"_mm\d+_(?:dpbusd|maddubs)\w+", source(tmp_path / "sums.pt2"))} == {name}
-    routine = loaded(tmp_path / "sums.pt2")
-    assert routine is not None
-    [found] = routine([*inputs])
-    for one, (_, its_codes, _) in zip(found, cases, strict=True):
-        assert np.array_equal(one.numpy(), slowly(start, its_codes, numbers))
+    without = f"_mm{vectors}_" + ("maddubs_epi16" if called == "busd" else "madd_epi16")
+
+    def run(made, *inputs):
+        path = folder / "sums.pt2"
+        with torch._inductor.config.patch({"cpp.simdlen": vectors}):
+            compile_to(path, made, inputs, tuple(None for _ in inputs))
+        names = {*re.findall(r"vpdp\w+|_mm\d+_(?:dp|maddubs)\w+", source(path))}
+        names |= {*re.findall(r"_mm\d+_madd_epi16", source(path))} if called == "wssd" else set()
+        assert names == {name.format(called) or without}
+        routine = loaded(path)
+        assert routine is not None
+        return routine([*inputs])
+
+    return run
 
 
 class Steps(torch.nn.Module):

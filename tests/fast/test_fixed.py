@@ -1,0 +1,213 @@
+"""Prompts in fixed point: as near as 14 bits are, alike beside others, and of all sizes."""
+
+import copy
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from refollama.fast import exactly, lacking, reading, warm
+from refollama.fast.dots import pairs
+from refollama.fast.fixed import (
+    LANES,
+    MOST,
+    FixedProduct,
+    Laying,
+    fits,
+    fixed_times,
+    is_there,
+    laid,
+    laying_of,
+    product,
+    times,
+)
+from refollama.fast.half import HalfLinear
+from refollama.fast.prepared import FEW
+from refollama.fast.routines import forget
+from refollama.fast.rows import name_of
+from refollama.fast.slabs import by_slabs
+from tests.fast.test_fast import off, part, tokens
+from tests.fast.test_lanes import net_of, place  # noqa: F401
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+GROUP = 32
+NEAR = 0.0002  # relative: two roundings to 14 bits come to 0.00012
+
+
+def words(numbers):
+    """(…, 2) int16 → (…) int32"""
+    return torch.from_numpy(np.ascontiguousarray(numbers).view(np.int32)[..., 0])
+
+
+def test_a_sum_is_that_of_all_halves():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-MOST, MOST + 1, (16, 3, 1, LANES, 2)).astype(np.int16)
+    numbers = rng.integers(-MOST, MOST + 1, (1, 2, 16, 2)).astype(np.int16)
+    codes[:, 0] = MOST
+    numbers[:, 0], numbers[:, 1] = MOST, -MOST  # the largest sums that there are
+    found = pairs([*words(codes)], words(numbers))
+    slow = np.einsum("wtglh,gwh->tgl", codes.astype(float)[:, :, [0, 0]], numbers[0].astype(float))
+    assert found.dtype == torch.int32
+    assert np.array_equal(found.numpy(), slow)
+
+
+def test_words_are_two_numbers_sixteen_apart():
+    matrix = torch.randn(32, 2 * GROUP).half()
+    found, units = laid(matrix.view(2, LANES, 2, GROUP))
+    halves = found.view(torch.int32).numpy().view(np.int16).reshape(2, 2, 16, LANES, 2)
+    for row in range(32):
+        for group in range(2):
+            its = halves[row // LANES, group, :, row % LANES]  # (16, 2)
+            values = its.T.flatten() * float(units[row // LANES, group, row % LANES])
+            unit = float(matrix[row].abs().view(2, GROUP)[group].max()) / MOST
+            assert abs(values - matrix[row].view(2, GROUP)[group].numpy()).max() < 0.51 * unit
+
+
+def product_of(x, matrix):
+    """As it is compiled, uncompiled: tokens a multiple of eight."""
+    found, units = laid(matrix.view(-1, LANES, matrix.shape[1] // GROUP, GROUP))
+    return times(x.view(-1, 8, x.shape[-1]), found.view(torch.int32), units).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_product_is_as_near_as_14_bits(dtype):
+    matrix, x = torch.randn(48, 3 * GROUP).to(dtype), torch.randn(16, 3 * GROUP)
+    x[3], matrix[5] = 0, 0
+    found = product_of(x, matrix)
+    assert 0 < off(found, x @ matrix.float().T) < NEAR
+    assert (found[3] == 0).all()
+    assert (found[:, 5] == 0).all()
+
+
+def test_it_is_nearer_than_float16_for_tokens():
+    """Which is what llama.cpp makes of them."""
+    matrix, x = torch.randn(64, 2048).half(), torch.randn(32, 2048)
+    exact = x @ matrix.float().T
+    assert off(product_of(x, matrix), exact) < 0.7 * off(x.half().float() @ matrix.float().T, exact)
+
+
+def test_one_large_value_takes_bits_from_its_32_only():
+    matrix, x = torch.randn(16, 8 * GROUP).half(), torch.randn(8, 8 * GROUP)
+    matrix[:, 5] = 300
+    x[:, 5] = 0
+    x[:, -1] = 1000
+    matrix[:, -1] = 0
+    far = off(product_of(x, matrix), x @ matrix.float().T)
+    assert far < 0.02  # two of eight groups have nine bits, or five
+    matrix[:, 5], x[:, -1] = 0, 0
+    assert off(product_of(x, matrix), x @ matrix.float().T) < NEAR
+
+
+def eager(path):
+    """Of a path what is compiled, uncompiled."""
+    made = FixedProduct() if path == product() else Laying()
+    return lambda given: [made(*given)]
+
+
+@pytest.mark.parametrize("count", [1, 8, 19])
+@pytest.mark.parametrize("rows", [16, 80])
+def test_any_number_of_tokens_and_slabs(monkeypatch, count, rows):
+    monkeypatch.setattr("refollama.fast.fixed.loaded", eager)
+    matrix, x = torch.randn(rows, 4 * GROUP).half(), torch.randn(2, count, 4 * GROUP)
+    whole = fixed_times(x, matrix)
+    monkeypatch.setattr("refollama.fast.fixed.AT_ONCE", 32 * 4 * GROUP)  # two, two, one
+    assert whole is not None
+    assert whole.shape == (2, count, rows)
+    assert off(whole, x @ matrix.float().T) < NEAR
+    assert torch.equal(fixed_times(x, matrix), whole)
+
+
+@pytest.fixture
+def joined(place, monkeypatch):  # noqa: F811
+    """Makes matrices whose routines are not compiled."""
+    monkeypatch.setattr("refollama.fast.fixed.loaded", eager)
+    monkeypatch.setattr("refollama.fast.half.rows_are_there", lambda number: True)
+    monkeypatch.setattr("refollama.fast.half.compiled_rows_times", lambda x, matrix: None)
+
+    def make(rows, columns):
+        plain = part("F16", rows=rows, columns=columns, bias=True)
+        ours = HalfLinear(plain, "F16")
+        assert ours.has_routines
+        return ours
+
+    return make
+
+
+def test_prompts_go_by_it_and_nothing_else(joined, monkeypatch):
+    counts = []
+
+    def watched(x, matrix):
+        counts.append(x.shape[:-1].numel())
+        return fixed_times(x, matrix)
+
+    monkeypatch.setattr("refollama.fast.half.fixed_times", watched)
+    ours, x = joined(48, 64), tokens(FEW + 1, 64)
+    ours(x[None])  # whoever does not say what it is
+    with reading(32):
+        assert off(ours(x), by_slabs(ours, x)) < NEAR
+        ours(x[:1])
+    assert counts == [FEW + 1, FEW + 1, 1]
+    ours(x[None, :FEW])  # is written
+    with exactly():
+        ours(x[None])
+    for bits in (16, 8):
+        with reading(bits):
+            ours(x)
+    with reading(32):
+        assert ours(x[:0]).shape == (0, 48)
+    x.requires_grad_()
+    ours(x[None]).sum().backward()
+    assert x.grad is not None
+    assert len(counts) == 3
+
+
+def test_matrices_that_fill_no_lanes_go_on_as_they_did(joined):
+    ours, x = joined(49, 64), tokens(40, 64)
+    assert [fits(48, 64), fits(49, 64), fits(48, 72)] == [True, False, False]
+    with reading(32):
+        assert torch.equal(ours(x), by_slabs(ours, x))
+
+
+# ── compiled ──────────────────────────────────────────────────────────────────────────────────
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["F16", "BF16", "IQ2_XS"])
+def test_a_compiled_prompt_is_near_and_alike_beside_others(place, kind, measured):  # noqa: F811
+    net = net_of(kind)
+    warm(net)
+    old = net.get_submodule(kind)
+    number = name_of(old.dtype)
+    assert is_there(number)
+    for rows, columns in ((48, 512), (16, 256), (1024, 2048)):
+        plain = part(kind, rows=rows, columns=columns, bias=True)
+        ours = HalfLinear(plain, kind)
+        x = tokens(45, columns)
+        with reading(32):
+            together = ours(x)
+            (matrix,) = ours.prepared()
+            exact = x @ matrix.float().T + plain.bias
+            far = off(together - plain.bias, exact - plain.bias)
+            assert 0 < far < NEAR
+            assert off(together, product_of_any(x, matrix) + plain.bias) < 1e-6
+            for count in (1, 8, 33):
+                assert torch.equal(ours(x[:count]), together[:count])
+                assert torch.equal(ours(x[-count:]), together[-count:])
+            for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+                assert torch.equal(other(x), together)
+    measured("fast parts", f"{kind}, warm", "plain path", far, 45)
+    laying_of(number).unlink()
+    forget()
+    assert lacking(net) == [number]
+    with reading(32):
+        assert torch.equal(old(tokens(40)), by_slabs(old, tokens(40)))
+
+
+def product_of_any(x, matrix):
+    """`product_of`, of any number of tokens."""
+    more = torch.cat((x, x[: -len(x) % 8]))
+    return product_of(more, matrix)[: len(x)]
