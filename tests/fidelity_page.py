@@ -228,7 +228,7 @@ def required() -> dict[str, list[str]]:
         "models": list(VARIANTS),
         "fast parts": [
             *dict.fromkeys((*LINES, *NATIVE, *COPIED)),
-            *(f"{one}, warm" for one in CODE),
+            *(f"{one}, warm" for one in (*NATIVE, *CODE)),
         ],
         "options": [field.name for field in dataclasses.fields(Options)],
     }

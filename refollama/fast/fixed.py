@@ -50,21 +50,21 @@ def laid(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return words.contiguous(), units.contiguous()
 
 
-def times(x: Tensor, words: Tensor, units: Tensor) -> Tensor:
+def times(x: Tensor, words: Tensor, units: Tensor) -> list[Tensor]:
     """Tokens by rows that are `laid`, each word loaded once for all M tokens that go together.
 
-    (G, M, in), words as int32 → (G, M, out)
+    (G, M, in), words as int32 → M times (T, G, 16): sixteen rows are read for all tokens, then the
+    next sixteen
     """
     (G, M, _), (T, N, _) = x.shape, units.shape
     whole, its_units = whole_numbers(x.view(G, M, N, GROUP).transpose(1, 2), MOST)
     numbers = once(_in_pairs(whole)).view(1, G, N, M, SIXTEEN).unbind(3)
     codes = words.view(T, 1, N, SIXTEEN, LANES).unbind(-2)
     units = units.view(T, 1, N, LANES)
-    found = [
+    return [
         (pairs(codes, one).float() * (units * unit)).sum(2)
         for one, unit in zip(numbers, once(its_units).view(1, G, N, M, 1).unbind(3), strict=True)
-    ]  # (T, G, 16) each
-    return torch.stack(found).permute(2, 0, 1, 3).flatten(2)
+    ]
 
 
 def _in_pairs(whole: Tensor) -> Tensor:
@@ -88,10 +88,19 @@ class Laying(nn.Module):
 
 
 class FixedProduct(nn.Module):
-    """`times`, of any size: this is compiled."""
+    """`times`, of any size, into outputs that are there: this is compiled.
 
-    def forward(self, x: Tensor, words: Tensor, units: Tensor) -> Tensor:
-        return times(x, words, units)
+    place (G, M, all T, 16); start (1,): its T that is the first of these rows → that of the next
+    """
+
+    def forward(
+        self, x: Tensor, words: Tensor, units: Tensor, place: Tensor, start: Tensor
+    ) -> Tensor:
+        G, T = x.shape[0], units.shape[0]
+        which = torch.arange(G), start + torch.arange(T)[:, None]
+        for at, found in enumerate(times(x, words, units)):
+            place.index_put_((which[0], torch.full((1, 1), at), which[1]), found)
+        return start + T
 
 
 def laying_of(number: str) -> Path:
@@ -120,14 +129,13 @@ def fixed_times(x: Tensor, matrix: Tensor) -> Tensor | None:
     high = min(len(matrix), max(1, AT_ONCE // width // LANES) * LANES)
     # All slabs are laid in one place: fresh memory comes page by page, which takes as long.
     place = torch.empty(high // LANES, width // GROUP, SIXTEEN, LANES, dtype=torch.int32)
-    found = []
+    y = torch.empty(*given.shape[:2], len(matrix) // LANES, LANES)
+    start = torch.zeros(1, dtype=torch.int64)
     for some in torch.split(matrix, high):
         words = place[: len(some) // LANES]
         [units] = lay([some.view(-1, LANES, width // GROUP, GROUP), words.view(torch.float32)])
-        [y] = multiply([given, words, units])
-        found.append(y.flatten(0, 1)[: len(rows)])
-    y = found[0] if len(found) == 1 else torch.cat(found, -1)
-    return y.view(*x.shape[:-1], -1)
+        [start] = multiply([given, words, units, y, start])
+    return y.view(-1, len(matrix))[: len(rows)].view(*x.shape[:-1], -1)
 
 
 def compile_laying(number: str) -> None:
@@ -148,6 +156,7 @@ def compile_product() -> None:
         return
     any_size = torch.export.Dim.AUTO
     words, units = laid(torch.randn(5, LANES, 7, GROUP))
-    given = torch.randn(3, TOGETHER, 7 * GROUP), words.view(torch.int32), units
-    sizes = {0: any_size, 2: any_size}, {0: any_size, 1: any_size}, {0: any_size, 1: any_size}
-    compile_to(product(), FixedProduct(), given, sizes)
+    x, place = torch.randn(3, TOGETHER, 7 * GROUP), torch.empty(3, TOGETHER, 9, LANES)
+    given = x, words.view(torch.int32), units, place, torch.ones(1, dtype=torch.int64)
+    both, outer = {0: any_size, 1: any_size}, {0: any_size, 2: any_size}
+    compile_to(product(), FixedProduct(), given, (outer, both, both, outer, None))
