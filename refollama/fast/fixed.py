@@ -81,9 +81,8 @@ class Laying(nn.Module):
 
     def forward(self, matrix: Tensor, place: Tensor) -> Tensor:
         words, units = laid(matrix)
-        place.index_put_(
-            (torch.arange(place.shape[0]),), words
-        )  # a copy would be made beside it first
+        # By `copy_` they would be laid beside it first.
+        place.index_put_((torch.arange(place.shape[0]),), words)
         return units
 
 
