@@ -169,20 +169,24 @@ def lacking(net: Llama) -> list[str]:
     "float16" of those that stay in 16 bits."""
     parts = [one for part in net.modules() if _may_be_laned(part) for one in _each(part)]
     kinds = {type_of(one) for one in parts if _fits_lanes(one)}
-    rows = [one for one in _halves(net) if one.in_pairs() and not _fits_lanes(one)]
-    numbers = {name_of(one.dtype) for one in rows}
-    return [
-        *sorted(kind for kind in kinds if not is_there(kind)),
-        *sorted(one for one in numbers if not (rows_are_there(one) and fixed.is_there(one))),
-    ]
+    halves = [one for one in _halves(net) if not _fits_lanes(one)]
+    by_rows = {name_of(one.dtype) for one in halves if one.in_pairs()}
+    in_fixed_point = {name_of(one.dtype) for one in halves if one.goes_in_fixed_point()}
+    numbers = {one for one in by_rows if not rows_are_there(one)}
+    numbers |= {one for one in in_fixed_point if not fixed.is_there(one)}
+    return [*sorted(kind for kind in kinds if not is_there(kind)), *sorted(numbers)]
 
 
 def _jobs(kind: str) -> list[Callable[[], None]]:
     """What compiles each routine of such matrices."""
     if kind in CODE:
         return [partial(compile_product, kind, *which) for which in ROUTINES]
-    rows = [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
-    return [*rows, partial(fixed.compile_laying, kind), fixed.compile_product]
+    found: list[Callable[[], None]] = []
+    found += [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
+    if has_avx2():
+        found += [partial(fixed.compile_laying, kind)]
+        found += [fixed.compile_rounding, fixed.compile_product]
+    return found
 
 
 def _join_rows(net: nn.Module) -> None:

@@ -10,8 +10,9 @@ is off by 0.00012; llama.cpp, which rounds tokens to float16 for such matrices, 
 
     rows as they lie ── laid ──► words of sixteen rows, side by side ── times ──► some outputs
 
-Rows are laid anew for each prompt, some thousand at a time: that takes as long as multiplying eight
-tokens does, and a copy would take as much memory as the file. A token is the same beside others.
+Rows are laid anew for each prompt, a million weights at a time: that takes as long as multiplying
+some fifty tokens, and a copy would take as much memory as the file. A token is the same beside
+others.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from refollama.fast.dots import GROUP, by_largest, largest_of, once, pairs, whole_numbers
+from refollama.fast.dots import GROUP, HALF, by_largest, largest_of, once, pairs, whole_numbers
 from refollama.fast.laned import TOGETHER, filled
 from refollama.fast.lanes import LANES
+from refollama.fast.prepared import has_avx2
 from refollama.fast.routines import compile_to, loaded, path_for
 from refollama.fast.rows import name_of
 
 MOST = (1 << 13) - 1  # 32 · MOST · MOST is below 2 ^ 31
-SIXTEEN = GROUP // 2
+WORDS = GROUP // 2
 AT_ONCE = 1 << 20  # weights that are laid at a time: two megabytes of words
 
 
 def fits(rows: int, width: int) -> bool:
-    """Can a matrix of this size be laid so?"""
-    return rows % LANES == 0 and width % GROUP == 0
+    """Can a matrix of this size be laid so, by this processor?"""
+    return rows > 0 and rows % LANES == 0 and width % GROUP == 0 and has_avx2()
 
 
 def laid(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,27 +52,31 @@ def laid(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return words.contiguous(), units.contiguous()
 
 
-def times(x: Tensor, words: Tensor, units: Tensor) -> list[Tensor]:
-    """Tokens by rows that are `laid`, each word loaded once for all M tokens that go together.
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in groups of 32: (G, M, N, 32) → words (G, N, M, 16), units (G, N, M)"""
+    whole, units = whole_numbers(x.transpose(1, 2), MOST)
+    return _in_pairs(whole).contiguous(), units.contiguous()
 
-    (G, M, in), words as int32 → M times (T, G, 16): sixteen rows are read for all tokens, then the
-    next sixteen
+
+def times(numbers: Tensor, scales: Tensor, words: Tensor, units: Tensor) -> list[Tensor]:
+    """Tokens that are `rounded` by rows that are `laid`, whose words come as int32: each is loaded
+    once for all M tokens that go together.
+
+    → M times (T, G, 16): sixteen rows are read for all tokens, then the next sixteen
     """
-    (G, M, _), (T, N, _) = x.shape, units.shape
-    whole, its_units = whole_numbers(x.view(G, M, N, GROUP).transpose(1, 2), MOST)
-    numbers = once(_in_pairs(whole)).view(1, G, N, M, SIXTEEN).unbind(3)
-    codes = words.view(T, 1, N, SIXTEEN, LANES).unbind(-2)
+    (G, N, M), T = scales.shape, units.shape[0]
+    codes = words.view(T, 1, N, WORDS, LANES).unbind(-2)
     units = units.view(T, 1, N, LANES)
+    each = numbers.view(1, G, N, M, WORDS).unbind(3), scales.view(1, G, N, M, 1).unbind(3)
     return [
-        (pairs(codes, one).float() * (units * unit)).sum(2)
-        for one, unit in zip(numbers, once(its_units).view(1, G, N, M, 1).unbind(3), strict=True)
+        (pairs(codes, one).float() * units * scale).sum(2) for one, scale in zip(*each, strict=True)
     ]
 
 
 def _in_pairs(whole: Tensor) -> Tensor:
     """(…, 32) int32 → (…, 16) int32: neighbours stay neighbours, as in `dots.in_bytes`"""
-    low, high = torch.split(whole, SIXTEEN, -1)
-    return low & (1 << SIXTEEN) - 1 | high << SIXTEEN
+    low, high = torch.split(whole, WORDS, -1)
+    return low & (1 << HALF) - 1 | high << HALF
 
 
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +92,13 @@ class Laying(nn.Module):
         return units
 
 
+class Rounding(nn.Module):
+    """`rounded`, any number of tokens: this is compiled."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rounded(x)
+
+
 class FixedProduct(nn.Module):
     """`times`, of any size, into outputs that are there: this is compiled.
 
@@ -93,18 +106,29 @@ class FixedProduct(nn.Module):
     """
 
     def forward(
-        self, x: Tensor, words: Tensor, units: Tensor, place: Tensor, start: Tensor
+        self,
+        numbers: Tensor,
+        scales: Tensor,
+        words: Tensor,
+        units: Tensor,
+        place: Tensor,
+        start: Tensor,
     ) -> Tensor:
-        G, T = x.shape[0], units.shape[0]
-        which = torch.arange(G), start + torch.arange(T)[:, None]
-        for at, found in enumerate(times(x, words, units)):
-            place.index_put_((which[0], torch.full((1, 1), at), which[1]), found)
+        G, T = scales.shape[0], units.shape[0]
+        tokens, tiles = torch.arange(G), start + torch.arange(T)[:, None]
+        for at, found in enumerate(times(numbers, scales, words, units)):
+            place.index_put_((tokens, torch.full((1, 1), at), tiles), found)
         return start + T
 
 
 def laying_of(number: str) -> Path:
     """Where the routine is kept that lays rows of these numbers, such as "float16"."""
     return path_for(["fixed", number])
+
+
+def rounding() -> Path:
+    """Where the routine is kept that rounds tokens: one for all."""
+    return path_for(["fixed tokens", TOGETHER])
 
 
 def product() -> Path:
@@ -114,27 +138,28 @@ def product() -> Path:
 
 def is_there(number: str) -> bool:
     """Have rows of such numbers their routines?"""
-    return all(map(loaded, (laying_of(number), product())))
+    return all(map(loaded, (laying_of(number), rounding(), product())))
 
 
 def fixed_times(x: Tensor, matrix: Tensor) -> Tensor | None:
     """x · matrixᵀ; None if a routine is gone: (…, in), (out, in) → (…, out) float32"""
-    lay, multiply = loaded(laying_of(name_of(matrix.dtype))), loaded(product())
-    if lay is None or multiply is None:
+    paths = laying_of(name_of(matrix.dtype)), rounding(), product()
+    lay, make_numbers, multiply = map(loaded, paths)
+    if lay is None or make_numbers is None or multiply is None:
         return None
-    width = x.shape[-1]
-    rows = x.reshape(-1, width).float()
-    given = filled(rows, TOGETHER).view(-1, TOGETHER, width)
-    high = min(len(matrix), max(1, AT_ONCE // width // LANES) * LANES)
+    out, width = matrix.shape
+    rows, N = x.reshape(-1, width).float(), width // GROUP
+    numbers = make_numbers([filled(rows, TOGETHER).view(-1, TOGETHER, N, GROUP)])
+    high = min(out, max(1, AT_ONCE // width // LANES) * LANES)
     # All slabs are laid in one place: fresh memory comes page by page, which takes as long.
-    place = torch.empty(high // LANES, width // GROUP, SIXTEEN, LANES, dtype=torch.int32)
-    y = torch.empty(*given.shape[:2], len(matrix) // LANES, LANES)
+    place = torch.empty(high // LANES, N, WORDS, LANES, dtype=torch.int32)
+    y = torch.empty(len(numbers[0]), TOGETHER, out // LANES, LANES)
     start = torch.zeros(1, dtype=torch.int64)
     for some in torch.split(matrix, high):
         words = place[: len(some) // LANES]
-        [units] = lay([some.view(-1, LANES, width // GROUP, GROUP), words.view(torch.float32)])
-        [start] = multiply([given, words, units, y, start])
-    return y.view(-1, len(matrix))[: len(rows)].view(*x.shape[:-1], -1)
+        [units] = lay([some.view(-1, LANES, N, GROUP), words.view(torch.float32)])
+        [start] = multiply([*numbers, words, units, y, start])
+    return y.view(-1, out)[: len(rows)].view(*x.shape[:-1], out)
 
 
 def compile_laying(number: str) -> None:
@@ -144,9 +169,17 @@ def compile_laying(number: str) -> None:
     """
     any_size = torch.export.Dim.AUTO
     matrix = torch.randn(5, LANES, 7, GROUP).to(getattr(torch, number))
-    given = matrix, torch.empty(5, 7, SIXTEEN, LANES)
+    given = matrix, torch.empty(5, 7, WORDS, LANES)
     sizes = {0: any_size, 2: any_size}, {0: any_size, 1: any_size}
     compile_to(laying_of(number), Laying(), given, sizes)
+
+
+def compile_rounding() -> None:
+    """The routine that rounds tokens, unless it is there.  Raises: as `compile_laying`."""
+    if not loaded(rounding()):
+        any_size = torch.export.Dim.AUTO
+        given = (torch.randn(3, TOGETHER, 7, GROUP),)
+        compile_to(rounding(), Rounding(), given, ({0: any_size, 2: any_size},))
 
 
 def compile_product() -> None:
@@ -155,7 +188,8 @@ def compile_product() -> None:
         return
     any_size = torch.export.Dim.AUTO
     words, units = laid(torch.randn(5, LANES, 7, GROUP))
-    x, place = torch.randn(3, TOGETHER, 7 * GROUP), torch.empty(3, TOGETHER, 9, LANES)
-    given = x, words.view(torch.int32), units, place, torch.ones(1, dtype=torch.int64)
+    numbers = rounded(torch.randn(3, TOGETHER, 7, GROUP))
+    place, start = torch.empty(3, TOGETHER, 9, LANES), torch.ones(1, dtype=torch.int64)
+    given = *numbers, words.view(torch.int32), units, place, start
     both, outer = {0: any_size, 1: any_size}, {0: any_size, 2: any_size}
-    compile_to(product(), FixedProduct(), given, (outer, both, both, outer, None))
+    compile_to(product(), FixedProduct(), given, (both, both, both, both, outer, None))

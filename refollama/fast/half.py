@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from refollama.fast.fixed import fits, fixed_times, is_there
+from refollama.fast import fixed
 from refollama.fast.prepared import (
     FLOAT,
     Made,
@@ -51,11 +51,16 @@ class HalfLinear(PreparedLinear):
     def join(self) -> None:
         """Use the routines for such rows from now on, if they are there."""
         number = name_of(self.dtype)
-        self.has_routines = self.in_pairs() and rows_are_there(number) and is_there(number)
+        self.has_routines = self.in_pairs() and rows_are_there(number)
+        self.in_fixed_point = self.goes_in_fixed_point() and fixed.is_there(number)
 
     def in_pairs(self) -> bool:
         """Do rows fill pairs of vectors, as those routines want it?"""
         return columns(self) % PAIR == 0
+
+    def goes_in_fixed_point(self) -> bool:
+        """Could prompts go by it so?"""
+        return fixed.fits(len(self.weight), columns(self))
 
     def prepare(self) -> Made:
         """The matrix: (out, in)"""
@@ -73,7 +78,7 @@ class HalfLinear(PreparedLinear):
         return [(self.dtype, (len(self.weight), columns(self)))]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._by_routines(x) if self.has_routines and x.numel() else None
+        y = self._by_routines(x) if x.numel() else None
         if y is not None:
             return y if self.bias is None else y + self.bias
         if not may_round(x):
@@ -89,10 +94,9 @@ class HalfLinear(PreparedLinear):
         """None: they are not for these tokens, or are gone."""
         if bytes_for(x) < 2:
             return None
-        (matrix,) = self.prepared()
         if may_round(x):
-            return compiled_rows_times(x, matrix)
-        return fixed_times(x, matrix) if fits(*matrix.shape) else None
+            return compiled_rows_times(x, *self.prepared()) if self.has_routines else None
+        return fixed.fixed_times(x, *self.prepared()) if self.in_fixed_point else None
 
     def _copy(self) -> Linear:
         """What need not be unpacked."""

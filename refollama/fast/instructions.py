@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -31,7 +31,10 @@ TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups o
 AHEAD = 2048  # words
 CHAINS = 2  # sums that take turns: each waits four cycles for what was added before
 PLACE = "place"  # what torch's compiler loaded a number from, as an expression of C++
-FOUR = 4  # bits: codes of 8 are multiplied by halves where sums have 16
+NIBBLE = 4  # bits: codes of 8 are multiplied by halves where sums have 16
+PAIRS = "pairs_of_words"
+
+Term = tuple[str, Any]  # what codes and numbers are called in C++
 
 
 @cache
@@ -44,16 +47,20 @@ def teach() -> None:
 
     register_lowering(torch.ops.refollama.dots.default, type_promotion_kind=None)(_lowered)
     register_lowering(torch.ops.refollama.pairs.default, type_promotion_kind=None)(_lowered_pairs)
-    for bits in (*range(1, 9), HALF):
+    named = {
+        _name(bits): (partial(_one_by_one, _bytes), partial(_vectors, partial(_dots, bits)))
+        for bits in range(1, 9)
+    }
+    named[PAIRS] = partial(_one_by_one, _halves), partial(_vectors, _pairs)
+    for name, writers in named.items():
         kind = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
-        register_op_dtype_propagation_rules(_name(bits), kind, torch.int32)
-        for overrides, write in ((CppOverrides, _one_by_one), (CppVecOverrides, _vectors)):
-            setattr(overrides, _name(bits), staticmethod(_expression(bits, write)))
+        register_op_dtype_propagation_rules(name, kind, torch.int32)
+        for overrides, write in zip((CppOverrides, CppVecOverrides), writers, strict=True):
+            setattr(overrides, name, staticmethod(_expression(name, write)))
 
 
 def _name(bits: int) -> str:
-    """Of what adds up products of codes of so many bits, and numbers of one byte, or of 16 bits as
-    well."""
+    """Of what adds up products of codes of so many bits, and numbers of one byte."""
     return f"dots_of_{bits}_bits"
 
 
@@ -71,8 +78,8 @@ def _lowered(start: Any, codes: Sequence[Any], numbers: Any, bits: int) -> Any:
         sums[0][0] = _at(index, start)
         for turn, part in enumerate(parts):
             for byte, its in enumerate(sums):
-                pairs = *(words[at] for at in part), *(load([*place, byte, at]) for at in part)
-                its[turn % chains] = getattr(ops, _name(bits))(its[turn % chains], *pairs)
+                terms = *(words[at] for at in part), *(load([*place, byte, at]) for at in part)
+                its[turn % chains] = getattr(ops, _name(bits))(its[turn % chains], *terms)
         found, *others = [reduce(ops.add, its) for its in sums]
         for byte, one in enumerate(others, 1):
             up = ops.constant(8 * byte, torch.int32)
@@ -93,7 +100,7 @@ def _lowered_pairs(codes: Sequence[Any], numbers: Any) -> Any:
         sums = CHAINS * [ops.constant(0, torch.int32)]
         for at, code in enumerate(codes):
             word, number = _at(index, code), load([*place, at])
-            sums[at % CHAINS] = getattr(ops, _name(HALF))(sums[at % CHAINS], word, number)
+            sums[at % CHAINS] = getattr(ops, PAIRS)(sums[at % CHAINS], word, number)
         return reduce(ops.add, sums)
 
     return _of_each(one, codes, sizes)
@@ -128,87 +135,94 @@ def _stretched(index: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
     return [0 if size == 1 else at for size, at in zip(sizes, index, strict=False)]
 
 
-def _expression(
-    bits: int, write: Callable[[str, list[tuple[str, Any]], int], str]
-) -> Callable[..., str]:
+def _expression(name: str, write: Callable[[str, list[Term]], str]) -> Callable[..., str]:
     def expression(start: object, *others: object) -> str:
         half = len(others) // 2
-        pairs = zip(map(str, others[:half]), others[half:], strict=True)
-        return write(str(start), list(pairs), bits)
+        terms = zip(map(str, others[:half]), others[half:], strict=True)
+        return write(str(start), list(terms))
 
-    expression.__name__ = _name(bits)
+    expression.__name__ = name
     return expression
 
 
-def _one_by_one(start: str, pairs: list[tuple[str, Any]], bits: int) -> str:
-    terms = [start]
-    for code, number in pairs:
-        for up in (0, HALF) if bits == HALF else range(0, WORD, 8):
-            if bits == HALF:
-                q, n = (f"static_cast<int16_t>({one} >> {up})" for one in (code, number))
-            else:
-                q, n = f"({code} >> {up} & 255)", f"static_cast<int8_t>({number} >> {up})"
-            terms.append(f"{q} * {n}")
-    return f"static_cast<int32_t>({' + '.join(terms)})"
+def _one_by_one(products: Callable[[str, Any], list[str]], start: str, terms: list[Term]) -> str:
+    each = [one for term in terms for one in products(*term)]
+    return f"static_cast<int32_t>({' + '.join([start, *each])})"
 
 
-def _vectors(start: str, pairs: list[tuple[str, Any]], bits: int) -> str:
+def _bytes(code: str, number: Any) -> list[str]:
+    return [
+        f"({code} >> {up} & 255) * static_cast<int8_t>({number} >> {up})"
+        for up in range(0, WORD, 8)
+    ]
+
+
+def _halves(code: str, number: Any) -> list[str]:
+    return [
+        f"static_cast<int16_t>({code} >> {up}) * static_cast<int16_t>({number} >> {up})"
+        for up in (0, HALF)
+    ]
+
+
+def _vectors(
+    write: Callable[[str, list[Term], list[str], int], str], start: str, terms: list[Term]
+) -> str:
     """Of one vector of words, or of two where sixteen words fill as many."""
     from torch._inductor.virtualized import V
 
     width, count = V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32)
+    places = [getattr(number, PLACE, "") for _, number in terms]
     found = []
     for part in [""] if count == 1 else [f"[{at}]" for at in range(count)]:
-        its = [(code + part, f"{number}{part}") for code, number in pairs]
-        if _instruction(width, bits):
-            places = [getattr(number, PLACE, "") for _, number in pairs]
-            found.append(_by_instruction(start + part, its, places, bits, width))
-        elif bits == HALF:
-            found.append(_by_madd(start + part, its, width))
-        else:
-            found.append(_by_sixteen_bits(start + part, its, bits, width))
+        its = [(code + part, f"{number}{part}") for code, number in terms]
+        found.append(write(start + part, its, places, width))
     return f"{V.kernel._get_vec_type(torch.int32)}({', '.join(found)})"
 
 
+def _dots(bits: int, start: str, terms: list[Term], places: list[str], width: int) -> str:
+    if _instruction("dpbusd", width):
+        return _by_instruction("dpbusd", start, terms, places, width)
+    return _by_sixteen_bits(start, terms, bits, width)
+
+
+def _pairs(start: str, terms: list[Term], places: list[str], width: int) -> str:
+    if _instruction("dpwssd", width):
+        return _by_instruction("dpwssd", start, terms, places, width)
+    do = f"_mm{width}"
+    for code, number in terms:
+        start = f"{do}_add_epi32({start}, {do}_madd_epi16({code}, {number}))"
+    return start
+
+
 def _by_instruction(
-    start: str, pairs: list[tuple[str, str]], places: list[str], bits: int, width: int
+    called: str, start: str, terms: list[Term], places: list[str], width: int
 ) -> str:
     """A number that stands for a whole vector is taken from where it lies, by the instruction
     itself: made into a vector before, it takes a load of its own, and those are what eight tokens
-    wait for. Compilers do not see that by themselves."""
+    wait for. g++ does not see that by itself."""
     vector = f"__m{width}i"  # some compilers have a macro for it, which casts by itself
     found = f"{vector}({start})"
-    for (code, number), place in zip(pairs, places, strict=True):
+    for (code, number), place in zip(terms, places, strict=True):
         if place and _takes_numbers():
             inputs = f'"v"({vector}({code})), "m"({place})'
             many = f"%2%{{1to{width // WORD}%}}"
-            asm = f'asm("vp{_called(bits)} {many}, %1, %0" : "+v"(sum) : {inputs})'
+            asm = f'asm("vp{called} {many}, %1, %0" : "+v"(sum) : {inputs})'
             found = f"[&]({vector} sum) {{ {asm}; return sum; }}({found})"
         else:
-            found = f"{_instruction(width, bits)}({found}, {vector}({code}), {vector}({number}))"
+            do = _instruction(called, width)
+            found = f"{do}({found}, {vector}({code}), {vector}({number}))"
     return found
-
-
-def _by_madd(start: str, pairs: list[tuple[str, str]], width: int) -> str:
-    do = f"_mm{width}"
-    for code, number in pairs:
-        start = f"{do}_add_epi32({start}, {do}_madd_epi16({code}, {number}))"
-    return start
 
 
 def _has_instruction() -> bool:
     return _has("avx512_vnni") or _has("avx_vnni")
 
 
-def _called(bits: int) -> str:
-    return "dpwssd" if bits == HALF else "dpbusd"
-
-
-def _instruction(width: int, bits: int) -> str:
+def _instruction(called: str, width: int) -> str:
     """What vpdpbusd, or vpdpwssd, is called in C++; "" where this processor has none."""
     if _has("avx512_vnni"):
-        return f"_mm{width}_{_called(bits)}_epi32"
-    return f"_mm256_{_called(bits)}_avx_epi32" if width == 256 and _has("avx_vnni") else ""
+        return f"_mm{width}_{called}_epi32"
+    return f"_mm256_{called}_avx_epi32" if width == 256 and _has("avx_vnni") else ""
 
 
 def _takes_numbers() -> bool:
@@ -223,26 +237,26 @@ def _has(capability: str) -> bool:
     return bool(told and told().get(capability))
 
 
-def _by_sixteen_bits(start: str, pairs: list[tuple[str, str]], bits: int, width: int) -> str:
+def _by_sixteen_bits(start: str, terms: list[Term], bits: int, width: int) -> str:
     """As many sums of two products as 16 bits hold, before they are widened."""
     do, all_bits = f"_mm{width}", f"si{width}"
     if 2 * 128 * ((1 << bits) - 1) > MOST_OF_16:
-        low = f"{do}_set1_epi8({(1 << FOUR) - 1})"
-        lower = [(f"{do}_and_{all_bits}({code}, {low})", number) for code, number in pairs]
+        low = f"{do}_set1_epi8({(1 << NIBBLE) - 1})"
+        lower = [(f"{do}_and_{all_bits}({code}, {low})", number) for code, number in terms]
         upper = [
-            (f"{do}_and_{all_bits}({do}_srli_epi16({code}, {FOUR}), {low})", number)
-            for code, number in pairs
+            (f"{do}_and_{all_bits}({do}_srli_epi16({code}, {NIBBLE}), {low})", number)
+            for code, number in terms
         ]
-        found = _by_sixteen_bits(start, lower, FOUR, width)
-        return _widened(found, upper, FOUR, width, 1 << FOUR)
-    return _widened(start, pairs, bits, width, 1)
+        found = _by_sixteen_bits(start, lower, NIBBLE, width)
+        return _widened(found, upper, NIBBLE, width, 1 << NIBBLE)
+    return _widened(start, terms, bits, width, 1)
 
 
-def _widened(start: str, pairs: list[tuple[str, str]], bits: int, width: int, times: int) -> str:
+def _widened(start: str, terms: list[Term], bits: int, width: int, times: int) -> str:
     do = f"_mm{width}"
     many = MOST_OF_16 // (2 * 128 * ((1 << bits) - 1))
-    for at in range(0, len(pairs), many):
-        sums = [f"{do}_maddubs_epi16({code}, {number})" for code, number in pairs[at : at + many]]
+    for at in range(0, len(terms), many):
+        sums = [f"{do}_maddubs_epi16({code}, {number})" for code, number in terms[at : at + many]]
         found = sums[0]
         for one in sums[1:]:
             found = f"{do}_add_epi16({found}, {one})"

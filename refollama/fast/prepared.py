@@ -25,7 +25,8 @@ _bits: ContextVar[int] = ContextVar("bits", default=WRITTEN)
 @contextmanager
 def reading(bits: int) -> Iterator[None]:
     """What is computed in here, by this thread, is a prompt: however few tokens it is, it is
-    multiplied in numbers of 32 bits, 16 or 8 (`products.py`; in lanes `dots.py`)."""
+    multiplied in numbers of 32 bits, 16 or 8 (`products.py`; after `warm` `dots.py` and
+    `fixed.py`)."""
     before = _bits.set(bits)
     try:
         yield

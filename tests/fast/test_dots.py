@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refollama.fast import instructions
-from refollama.fast.dots import HALF, MOST, dots, in_bytes, most_of, pairs, rounded, whole_numbers
+from refollama.fast import fixed, instructions
+from refollama.fast.dots import MOST, dots, in_bytes, most_of, pairs, rounded, whole_numbers
 from refollama.fast.prepared import has_avx2
 from refollama.fast.routines import compile_to, loaded
 
@@ -116,11 +116,11 @@ class Sums(torch.nn.Module):
         (["avx512_vnni", "avx_vnni"], {256: "_mm256_dp{}_epi32", 512: "_mm512_dp{}_epi32"}),
     ],
 )
-@pytest.mark.parametrize(("bits", "called"), [(4, "busd"), (8, "busd"), (HALF, "wssd")])
-def test_each_processor_has_its_instruction(monkeypatch, has, names, bits, called):
+@pytest.mark.parametrize("called", ["busd", "wssd"])
+def test_each_processor_has_its_instruction(monkeypatch, has, names, called):
     monkeypatch.setattr(instructions, "_has", has.__contains__)
     for width, name in names.items():
-        assert instructions._instruction(width, bits) == name.format(called)
+        assert instructions._instruction(f"dp{called}", width) == name.format(called)
 
 
 @pytest.mark.parametrize(("has", "parts"), [([], [[0, 1, 2]]), (["avx_vnni"], [[0], [1], [2]])])
@@ -171,7 +171,7 @@ def test_instructions_compute_the_same(monkeypatch, vectors, has, name, tmp_path
 @VECTORS
 def test_instructions_for_pairs_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
     routine = compiled(tmp_path, monkeypatch, vectors, has, name, "wssd")
-    most = (1 << 13) - 1
+    most = fixed.MOST
     rng = np.random.default_rng(0)
     numbers = words(rng.integers(-most, most + 1, (1, 5, 16, 2)).astype(np.int16), 2)
     codes = words(rng.integers(-most, most + 1, (16, 3, 1, LANES, 2)).astype(np.int16), 2)

@@ -78,7 +78,6 @@ def test_a_matrix_without_routines_rounds_as_it_did(place, monkeypatch):  # noqa
     assert not has_routines(net)
     before = net.F16(tokens(1))
     monkeypatch.setattr("refollama.fast.rows.loaded", lambda path: eager)
-    monkeypatch.setattr("refollama.fast.half.is_there", lambda number: True)  # those of prompts
     assert torch.equal(net.F16(tokens(1)), before), "it changed in the midst of an answer"
     net.F16.join()
     assert has_routines(net)
@@ -87,7 +86,6 @@ def test_a_matrix_without_routines_rounds_as_it_did(place, monkeypatch):  # noqa
 
 def test_rows_that_fill_no_pairs_go_on_as_they_did(place, monkeypatch):  # noqa: F811
     monkeypatch.setattr("refollama.fast.rows.loaded", lambda path: eager)
-    monkeypatch.setattr("refollama.fast.half.is_there", lambda number: True)
     odd, even = (HalfLinear(part("F16", columns=n), "F16") for n in (72, 64))
     assert not odd.has_routines
     assert even.has_routines
@@ -107,7 +105,7 @@ def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: 
     old = net.get_submodule(kind)
     assert type(old) is HalfLinear
     assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
-    assert told == [(done, 4) for done in range(5)]  # two for prompts, too
+    assert told == [(done, 5) for done in range(6)]  # three for prompts, too
     assert has_routines(net)
     assert not lacking(net)
     assert net.get_submodule(kind) is old
