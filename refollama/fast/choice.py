@@ -22,7 +22,7 @@ from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import ROUTINES, TOGETHER, LaneLinear, compile_product, is_there
-from refollama.fast.lanes import CODE, fits, form
+from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear, has_avx2
 from refollama.fast.routines import prune
@@ -140,7 +140,7 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
     Raises: RefollamaError without a compiler, or if it fails; the net computes as it did then.
     """
     before = {name: part for name, part in net.named_modules() if _may_be_laned(part)}
-    products = [job for kind in lacking(net) for job in _jobs(kind)]
+    products = _jobs(net)
     for name, part in before.items():
         laned = FastExperts(part, _laned) if isinstance(part, FastExperts) else _laned(part)
         _put(net, name, laned.train(part.training))
@@ -167,24 +167,32 @@ def warm(net: Llama, dtype: torch.dtype = CACHES[0], told: Told = unheard) -> in
 def lacking(net: Llama) -> list[str]:
     """The types of its matrices whose products could be compiled, and are not: "Q4_0", or
     "float16" of those that stay in 16 bits."""
+    kinds, by_rows, in_fixed_point = _lacking(net)
+    return [*kinds, *sorted({*by_rows, *in_fixed_point})]
+
+
+def _lacking(net: Llama) -> tuple[list[str], list[str], list[str]]:
+    """Types in lanes, numbers of rows, and numbers of rows that prompts go by in fixed point."""
     parts = [one for part in net.modules() if _may_be_laned(part) for one in _each(part)]
     kinds = {type_of(one) for one in parts if _fits_lanes(one)}
     halves = [one for one in _halves(net) if not _fits_lanes(one)]
     by_rows = {name_of(one.dtype) for one in halves if one.in_pairs()}
     in_fixed_point = {name_of(one.dtype) for one in halves if one.goes_in_fixed_point()}
-    numbers = {one for one in by_rows if not rows_are_there(one)}
-    numbers |= {one for one in in_fixed_point if not fixed.is_there(one)}
-    return [*sorted(kind for kind in kinds if not is_there(kind)), *sorted(numbers)]
+    return (
+        sorted(kind for kind in kinds if not is_there(kind)),
+        sorted(number for number in by_rows if not rows_are_there(number)),
+        sorted(number for number in in_fixed_point if not fixed.is_there(number)),
+    )
 
 
-def _jobs(kind: str) -> list[Callable[[], None]]:
-    """What compiles each routine of such matrices."""
-    if kind in CODE:
-        return [partial(compile_product, kind, *which) for which in ROUTINES]
+def _jobs(net: Llama) -> list[Callable[[], None]]:
+    """What compiles each routine that is lacking."""
+    kinds, by_rows, in_fixed_point = _lacking(net)
     found: list[Callable[[], None]] = []
-    found += [partial(compile_rows, kind, together) for together in (1, TOGETHER)]
-    if has_avx2():
-        found += [partial(fixed.compile_laying, kind)]
+    found += [partial(compile_product, kind, *which) for kind in kinds for which in ROUTINES]
+    found += [partial(compile_rows, number, some) for number in by_rows for some in (1, TOGETHER)]
+    found += [partial(fixed.compile_laying, number) for number in in_fixed_point]
+    if in_fixed_point:
         found += [fixed.compile_rounding, fixed.compile_product]
     return found
 
