@@ -19,6 +19,18 @@ GROUP, LANES = 32, 16
 SIZES = {"codes": (3, 1, 5, LANES), "numbers": (1, 2, 5, 2, 8)}  # tiles, tokens, groups
 
 
+def compiles(test):
+    """A test that compiles what wants vectors."""
+    for mark in (
+        pytest.mark.slow,
+        pytest.mark.timeout(600),
+        pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
+        pytest.mark.skipif(not has_avx2(), reason="needs AVX2"),
+    ):
+        test = mark(test)
+    return test
+
+
 def case(bits, seed=0):
     """start, eight words of codes, numbers of two bytes: the largest and smallest among them."""
     rng = np.random.default_rng(seed)
@@ -148,10 +160,7 @@ VECTORS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+@compiles
 @VECTORS
 def test_instructions_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
     """Those of all kinds that this processor has."""
@@ -164,10 +173,7 @@ def test_instructions_compute_the_same(monkeypatch, vectors, has, name, tmp_path
         assert np.array_equal(one.numpy(), slowly(start, its_codes, numbers))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+@compiles
 @VECTORS
 def test_instructions_for_pairs_compute_the_same(monkeypatch, vectors, has, name, tmp_path):
     routine = compiled(tmp_path, monkeypatch, vectors, has, name, "wssd")
@@ -207,10 +213,7 @@ class Steps(torch.nn.Module):
         return words.float() * d.float()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+@compiles
 def test_words_become_floats_a_vector_at_a_time(tmp_path):
     rng = np.random.default_rng(0)
     whole = torch.from_numpy(rng.integers(-(2**31), 2**31, (9, LANES)).astype(np.int32))

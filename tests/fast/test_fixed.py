@@ -36,6 +36,7 @@ from refollama.fast.rows import name_of
 from refollama.fast.slabs import by_slabs
 from refollama.quantize import plan
 from refollama.weights import open_gguf
+from tests.fast.test_dots import words
 from tests.fast.test_fast import large, off, part, tokens
 from tests.fast.test_lanes import net_of, place  # noqa: F401
 from tests.models.test_llama import all_logits
@@ -46,18 +47,13 @@ compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compi
 NEAR = 0.0002  # relative: two roundings to 14 bits come to 0.00012
 
 
-def words(numbers):
-    """(…, 2) int16 → (…) int32"""
-    return torch.from_numpy(np.ascontiguousarray(numbers).view(np.int32)[..., 0])
-
-
 def test_a_sum_is_that_of_all_halves():
     rng = np.random.default_rng(0)
     codes = rng.integers(-MOST, MOST + 1, (16, 3, 1, LANES, 2)).astype(np.int16)
     numbers = rng.integers(-MOST, MOST + 1, (1, 2, 16, 2)).astype(np.int16)
     codes[:, 0] = MOST
     numbers[:, 0], numbers[:, 1] = MOST, -MOST  # the largest sums that there are
-    found = pairs([*words(codes)], words(numbers))
+    found = pairs([*words(codes, 2)], words(numbers, 2))
     slow = np.einsum("wtglh,gwh->tgl", codes.astype(float)[:, :, [0, 0]], numbers[0].astype(float))
     assert found.dtype == torch.int32
     assert np.array_equal(found.numpy(), slow)
@@ -102,18 +98,13 @@ def joined(place, monkeypatch):  # noqa: F811
     return make
 
 
-@pytest.fixture
-def product_of(monkeypatch):
+def product_of(x, matrix):
     """As it is compiled, uncompiled."""
-
-    def times(x, matrix):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("refollama.fast.fixed.loaded", eager)
-            found = fixed_times(x, matrix)
-        assert found is not None
-        return found
-
-    return times
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refollama.fast.fixed.loaded", eager)
+        found = fixed_times(x, matrix)
+    assert found is not None
+    return found
 
 
 def random(*shape):
@@ -121,7 +112,7 @@ def random(*shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_product_is_as_near_as_14_bits(product_of, dtype):
+def test_a_product_is_as_near_as_14_bits(dtype):
     matrix, x = random(48, 3 * GROUP).to(dtype), random(16, 3 * GROUP)
     x[3], matrix[5] = 0, 0
     found = product_of(x, matrix)
@@ -161,14 +152,14 @@ def test_a_talk_is_as_likely_in_fixed_point(joined, tmp_path, kind, measured):
     measured("fast parts", f"fable as {kind}, warm", "plain path, KL", kl, len(ids))
 
 
-def test_it_is_nearer_than_float16_for_tokens(product_of):
+def test_it_is_nearer_than_float16_for_tokens():
     """Which is what llama.cpp makes of them."""
     matrix, x = random(64, 2048).half(), random(32, 2048)
     exact = x @ matrix.float().T
     assert off(product_of(x, matrix), exact) < 0.7 * off(x.half().float() @ matrix.float().T, exact)
 
 
-def test_one_large_value_takes_bits_from_its_32_only(product_of):
+def test_one_large_value_takes_bits_from_its_32_only():
     matrix, x = random(16, 8 * GROUP).half(), random(8, 8 * GROUP)
     matrix[:, 5] = 300
     x[:, 5] = 0
@@ -248,7 +239,7 @@ def test_without_vectors_there_are_routines_for_rows_alone(place, monkeypatch): 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["F16", "BF16", "IQ2_XS"])
-def test_a_compiled_prompt_is_near_and_alike_beside_others(place, product_of, kind):  # noqa: F811
+def test_a_compiled_prompt_is_near_and_alike_beside_others(place, kind):  # noqa: F811
     net = net_of(kind)
     warm(net)
     old = net.get_submodule(kind)
