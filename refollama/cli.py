@@ -485,8 +485,8 @@ def help_(ctx: click.Context, command: str) -> None:
     found = cli.get_command(ctx.parent, command) if command else cli
     if found is None:
         raise click.UsageError(f"No such command '{command}'.", ctx.parent)
-    name = f"refollama {command}".strip()
-    click.echo(found.get_help(click.Context(found, info_name=name)))
+    asked = click.Context(found, ctx.parent, info_name=command) if command else ctx.parent
+    click.echo(found.get_help(asked))
 
 
 for _command in workshop.COMMANDS:
