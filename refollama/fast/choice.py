@@ -21,12 +21,12 @@ from refollama.fast.experts import FastExperts, matrices
 from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import COPIED, NATIVE, HalfLinear
 from refollama.fast.kept import KeptLinear
-from refollama.fast.laned import ROUTINES, TOGETHER, LaneLinear, compile_product, is_there
+from refollama.fast.laned import ROUTINES, LaneLinear, compile_product, is_there
 from refollama.fast.lanes import fits, form
 from refollama.fast.nibbles import LINES, ROWS, Int4Linear
 from refollama.fast.prepared import Made, PreparedLinear, has_avx2
 from refollama.fast.routines import prune
-from refollama.fast.rows import compile_rows, name_of, rows_are_there
+from refollama.fast.rows import TILES, compile_rows, name_of, rows_are_there
 from refollama.fast.slabs import SlabLinear, columns, type_of
 from refollama.models.layers import Experts, Linear
 from refollama.models.llama import Block, Llama
@@ -190,7 +190,7 @@ def _jobs(net: Llama) -> list[Callable[[], None]]:
     kinds, by_rows, in_fixed_point = _lacking(net)
     found: list[Callable[[], None]] = []
     found += [partial(compile_product, kind, *which) for kind in kinds for which in ROUTINES]
-    found += [partial(compile_rows, number, some) for number in by_rows for some in (1, TOGETHER)]
+    found += [partial(compile_rows, number, *tile) for number in by_rows for tile in TILES]
     found += [partial(fixed.compile_laying, number) for number in in_fixed_point]
     if in_fixed_point:
         found += [fixed.compile_rounding, fixed.compile_product]

@@ -18,6 +18,8 @@ from refollama.fast.routines import compile_to, loaded, path_for
 
 VECTOR = 16  # numbers
 PAIR = 2 * VECTOR  # two vectors of a row are added up, and that to the sum
+WIDE = 4096  # numbers: such a token, and rows that pass by, do not fit a cache of 32 kB
+TILES = (1, 1), (1, 4), (TOGETHER, 2)  # tokens together, and rows: what is compiled
 
 
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -26,13 +28,15 @@ def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     if width % PAIR:
         matrix = matrix.float()
         return torch.stack([(token * matrix).sum(-1) for token in x.unbind()])
-    return _by_vectors(in_vectors(x), in_vectors(matrix, at_once(len(x), n)))
+    return _by_vectors(in_vectors(x), in_vectors(matrix, at_once(len(x), n, width)))
 
 
-def at_once(count: int, n: int) -> int:
+def at_once(count: int, n: int, width: int) -> int:
     """How many of n rows go together: of several tokens more is read than of a row, and two rows
-    share them; of one token that would halve what memory gives."""
-    return 2 if count > 1 and n % 2 == 0 else 1
+    share them. One token stays in the cache, and several rows would halve what memory gives; but a
+    wide one does not stay, and four rows share it."""
+    some = 2 if count > 1 else 4 if width >= WIDE else 1
+    return some if n % some == 0 else 1
 
 
 def in_vectors(rows: Tensor, together: int = 1) -> Tensor:
@@ -73,12 +77,12 @@ class RowsProduct(nn.Module):
         return _by_vectors(x, matrix)
 
 
-def path_of(number: str, together: int) -> Path:
-    """Where the routine for rows of these numbers is kept, for so many tokens together.
+def path_of(number: str, together: int, rows: int) -> Path:
+    """Where the routine for rows of these numbers is kept, for so many tokens together, and rows.
 
     number: a type of torch's, such as "float16".
     """
-    return path_for(["rows", number, together])
+    return path_for(["rows", number, together, rows])
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -88,7 +92,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def rows_are_there(number: str) -> bool:
     """Have such rows their routines?"""
-    return all(loaded(path_of(number, together)) for together in (1, TOGETHER))
+    return all(loaded(path_of(number, *tile)) for tile in TILES)
 
 
 def compiled_rows_times(x: Tensor, matrix: Tensor) -> Tensor | None:
@@ -96,26 +100,27 @@ def compiled_rows_times(x: Tensor, matrix: Tensor) -> Tensor | None:
     rows = x.reshape(-1, x.shape[-1]).float()
     # The routine for eight has two rows go together, and does not look whether it is given two.
     together = 1 if len(matrix) % 2 else together_for(len(rows))
-    routine = loaded(path_of(name_of(matrix.dtype), together))
+    some = at_once(together, *matrix.shape)
+    routine = loaded(path_of(name_of(matrix.dtype), together, some))
     if routine is None:
         return None
-    given = in_vectors(matrix, at_once(together, len(matrix)))
-    some = torch.split(filled(rows, together), together)
-    found = [routine([in_vectors(one), given])[0] for one in some]
+    given = in_vectors(matrix, some)
+    tokens = torch.split(filled(rows, together), together)
+    found = [routine([in_vectors(one), given])[0] for one in tokens]
     y = found[0] if len(found) == 1 else torch.cat(found)
     return y[: len(rows)].view(*x.shape[:-1], -1)
 
 
-def compile_rows(number: str, together: int) -> None:
-    """The routine for rows of these numbers.
+def compile_rows(number: str, together: int, rows: int) -> None:
+    """The routine for rows of these numbers, for so many tokens together, and rows.
 
     Raises: RefollamaError without a compiler, or if it fails.
     """
     n, width = 96, 40 * PAIR
     given = (
         in_vectors(torch.randn(together, width)),
-        in_vectors(torch.randn(n, width).to(getattr(torch, number)), at_once(together, n)),
+        in_vectors(torch.randn(n, width).to(getattr(torch, number)), rows),
     )
     any_size = torch.export.Dim.AUTO
     sizes = {2: any_size}, {0: any_size, 2: any_size}
-    compile_to(path_of(number, together), RowsProduct(), given, sizes)
+    compile_to(path_of(number, together, rows), RowsProduct(), given, sizes)

@@ -28,6 +28,8 @@ PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "
 # Kinds of products; the others are the types of numbers of matrices that are not packed.
 IN_LANES, PACKED = "lanes ", "packed "  # and the type of the rows
 PIECES = 64  # that a token is squared and summed in
+PART = 32  # numbers of a value: two vectors of 512 bits
+SUMS = 8  # of so many numbers, that registers hold while positions pass by
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class BlockStep(nn.Module):
         keys.index_put_(places, k.to(keys.dtype))
         values.index_put_(places, v.to(values.dtype))
         S = visible.shape[1]
-        mixed = _attend(q, keys[slots, :, :S], values[slots, :, :S], visible)
+        mixed = attend_one(q, keys[slots, :, :S], values[slots, :, :S], visible)
         [mixed] = self._times(mixed.flatten(1), products, 3)
         x = x + mixed
         gate, up = self._times(self._norm(x, ffn_norm), products, 4, 5)
@@ -129,16 +131,30 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., R:]), -1)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """q (B, H, D), keys (B, Hk, S, D), values (B, Hk, S, Dv), visible (B, S) → (B, H, Dv)
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """One token of each row: q (B, H, D), keys (B, Hk, S, D), values (B, Hk, S, Dv), visible (B, S)
+    → (B, H, Dv)
 
     Written as sums, not as products of matrices: so a compiler reads keys and values where they
     lie, as they lie, once for all heads that share them.
     """
     B, Hk, _, D = keys.shape
-    keys, values = keys.float(), values.float()
-    heads = q.view(B, Hk, -1, 1, D).unbind(2)  # G times (B, Hk, 1, D)
-    scores = torch.stack([(one * keys).sum(-1) for one in heads], 2) / math.sqrt(D)
-    shares = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)  # (B, Hk, G, S)
-    mixed = [(share[..., None] * values).sum(-2) for share in shares.unbind(2)]  # (B, Hk, Dv)
-    return torch.stack(mixed, 2).flatten(1, 2)
+    keys, q = keys.float(), once(q / math.sqrt(D)).view(B, Hk, -1, 1, D)
+    scores = torch.stack([(one * keys).sum(-1) for one in q.unbind(2)], 2)  # (B, Hk, G, S)
+    # Bools are read one by one, where a vector is wanted of them; so that is done once.
+    hidden = once(torch.where(visible, 0.0, -math.inf))
+    return _mixed(once((scores + hidden[:, None, None]).softmax(-1)), values.float()).flatten(1, 2)
+
+
+def _mixed(shares: Tensor, values: Tensor) -> Tensor:
+    """Σ share · value: (B, Hk, G, S), (B, Hk, S, Dv) → (B, Hk, G, Dv)
+
+    A row of values is read whole, as it lies, by as many heads as there are sums for: part by part,
+    it would be waited for again, and every other line of memory is not asked for ahead.
+    """
+    B, Hk, G, S = shares.shape
+    parts = torch.split(values[:, :, None], PART, -1)
+    together = math.gcd(G, max(1, SUMS // len(parts)))
+    heads = shares.view(B, Hk, G // together, together, S).unbind(3)
+    found = [torch.cat([(one[..., None] * part).sum(-2) for part in parts], -1) for one in heads]
+    return torch.stack(found, 3).flatten(2, 3)

@@ -9,6 +9,7 @@ import torch
 
 from refollama.fast import attention, hasten
 from refollama.fast.attention import attend_in_parts
+from refollama.fast.step import attend_one
 from refollama.kvcache import PIECE
 from refollama.models.layers import attend
 from refollama.models.load import load_net
@@ -108,3 +109,31 @@ def test_a_net_with_it_reads_as_one_without(tmp_path):
         *(stepwise(net, ids, (60, 1, 29)) for net in (fast, plain)), strict=True
     ):
         assert same(ours, theirs)
+
+
+# ── one token of each row, as compiled blocks attend ──────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared_by", "D", "Dv"),
+    [
+        (4, 1, 64, 64),
+        (2, 4, 64, 64),
+        (1, 8, 64, 64),
+        (2, 3, 24, 40),
+        (2, 6, 16, 128),
+        (1, 5, 8, 512),
+    ],
+)
+def test_one_token_attends_as_it_would_among_others(heads, shared_by, D, Dv):
+    B, S, rng = 3, 300, torch.Generator().manual_seed(0)
+    q = torch.randn(B, heads * shared_by, D, generator=rng)
+    k = torch.randn(B, heads, S, D, generator=rng).half()
+    v = torch.randn(B, heads, S, Dv, generator=rng).half()
+    visible = torch.arange(S) <= torch.tensor([0, 7, 250])[:, None]
+    k[1, :, 200:], v[1, :, 200:] = 1000, 5  # what nobody sees
+    theirs = attend(q[:, None], k.float(), v.float(), visible[:, None])[:, 0]
+    ours = attend_one(q, k, v, visible)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[0], v[0, :, 0].float().repeat_interleave(shared_by, 0))

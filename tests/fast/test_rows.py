@@ -13,6 +13,8 @@ from refollama.fast.laned import TOGETHER
 from refollama.fast.routines import forget
 from refollama.fast.rows import (
     PAIR,
+    TILES,
+    WIDE,
     RowsProduct,
     at_once,
     compiled_rows_times,
@@ -43,8 +45,21 @@ def test_a_product_is_that_of_floats(dtype, n, width, count):
     assert off(rows_times(x, matrix), x, matrix) < 1e-6
 
 
-def test_only_of_several_tokens_two_rows_go_together():
-    assert [at_once(count, n) for count, n in ((1, 4), (8, 4), (8, 5))] == [1, 2, 1]
+@pytest.mark.parametrize(
+    ("count", "n", "width", "rows"),
+    [(1, 4, WIDE - PAIR, 1), (1, 4, WIDE, 4), (1, 6, WIDE, 1), (8, 4, WIDE, 2), (8, 5, PAIR, 1)],
+)
+def test_rows_share_several_tokens_or_a_wide_one(count, n, width, rows):
+    assert at_once(count, n, width) == rows
+    assert (count, rows) in (*TILES, (8, 1))  # odd heights have no routine for eight
+
+
+@pytest.mark.parametrize("count", [1, TOGETHER])
+def test_how_many_rows_go_together_changes_no_bit(count):
+    x, matrix = torch.randn(count, WIDE), torch.randn(8, WIDE).half()
+    whole = rows_times(x, matrix)
+    each = [rows_times(x, row) for row in torch.split(matrix, 1)]
+    assert torch.equal(whole, torch.cat(each, 1))
 
 
 def eager(given):
@@ -105,11 +120,11 @@ def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: 
     old = net.get_submodule(kind)
     assert type(old) is HalfLinear
     assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
-    assert told == [(done, 5) for done in range(6)]  # three for prompts, too
+    assert told == [(done, 6) for done in range(7)]  # three for prompts, too
     assert has_routines(net)
     assert not lacking(net)
     assert net.get_submodule(kind) is old
-    for rows, columns in ((48, 512), (1, 256), (33, 2048)):
+    for rows, columns in ((48, 512), (1, 256), (33, 2048), (12, WIDE)):
         plain = part(kind, rows=rows, columns=columns, bias=True)
         ours = HalfLinear(plain, kind)
         assert ours.has_routines
@@ -126,7 +141,7 @@ def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: 
     old(x).sum().backward()  # goes the long way
     assert x.grad is not None
     number = name_of(old.dtype)
-    path_of(number, 1).unlink()
+    path_of(number, 1, 4).unlink()
     forget()
     assert not rows_are_there(number)
     assert old(tokens(1)).isfinite().all()
