@@ -224,9 +224,9 @@ def test_matrices_that_fill_no_lanes_go_on_as_they_did(joined):
 def test_without_vectors_there_are_routines_for_rows_alone(place, monkeypatch):  # noqa: F811
     """Neither is a sum of pairs an instruction there, nor can it be compiled."""
     net = net_of("F16")
-    assert len(_jobs(net)) == 5
+    assert len(_jobs(net)) == 6
     monkeypatch.setattr("refollama.fast.fixed.has_avx2", lambda: False)
-    assert len(_jobs(net)) == 2
+    assert len(_jobs(net)) == 3
     assert lacking(net) == ["float16"]
     monkeypatch.setattr("refollama.fast.choice.rows_are_there", lambda number: True)
     assert lacking(net) == []
