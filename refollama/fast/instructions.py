@@ -29,6 +29,7 @@ from refollama.fast.dots import HALF, WORD
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
 TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups of a block
 AHEAD = 2048  # words
+LINE = 32  # numbers of 16 bits: 64 bytes, which memory brings at once
 CHAINS = 2  # sums that take turns: each waits four cycles for what was added before
 PLACE = "place"  # what torch's compiler loaded a number from, as an expression of C++
 NIBBLE = 4  # bits: codes of 8 are multiplied by halves where sums have 16
@@ -299,19 +300,42 @@ def _load_line(before: Callable[..., str]) -> Callable[..., str]:
 
     def line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
         written = before(self, var, index, dtype, mask)
-        if mask is not None or self.tail_size or dtype != torch.int32:
-            return written
-        if self._get_raw_num_vectors(dtype) != self._get_num_vectors(dtype):
-            return written  # the last vector would reach past the end
         load, _, rest = written.partition("loadu(")
         place = rest.removesuffix(f", static_cast<int64_t>({self.tiling_factor}))")
-        if place == rest:
+        if mask is not None or self.tail_size or place == rest:
             return written
+        vectors = self._get_raw_num_vectors(dtype)
+        if dtype in (torch.float16, torch.bfloat16):
+            half = vectors == 1 / 2 and self.vec_isa.bit_width() == 512
+            loaded = _half_a_vector(load, place) if half else written
+            return f"({_next_turn(index, place)}{loaded})"
+        if dtype != torch.int32 or vectors != self._get_num_vectors(dtype):
+            return written  # the last vector would reach past the end
         loops = [one for one in getattr(index, "free_symbols", ()) if str(one).startswith("x")]
         soon = f"__builtin_prefetch({place} + {AHEAD}), " if len(loops) == TILE_LOOPS else ""
         return f"({soon}{load}loadu({place}))"
 
     return line
+
+
+def _half_a_vector(load: str, place: str) -> str:
+    """Numbers of 16 bits, of which half a vector is wanted: torch's header loads a whole one and
+    masks half of it, and on Zen 5 that takes more than twice as long where the other half lies in
+    the next line of memory, as every second does."""
+    half = f"_mm256_loadu_si256(reinterpret_cast<const __m256i*>({place}))"
+    return f"{load.removesuffix('::')}(_mm512_castsi256_si512({half}))"
+
+
+def _next_turn(index: Any, place: str) -> str:
+    """Asks for what lies there in the next turn of the outermost loop: for the next rows, while
+    several tokens pass by these and memory would rest."""
+    from torch._inductor.codegen import cpp_utils
+
+    write: Any = cpp_utils.cexpr_index
+    turn = next((one for one in getattr(index, "free_symbols", ()) if str(one) == "x0"), None)
+    if turn is None or index.as_coeff_Add()[0] % LINE:
+        return ""  # its neighbour asks for the same line
+    return f"__builtin_prefetch({place} + {write(index.subs(turn, turn + 1) - index)}), "
 
 
 def _load(before: Callable[..., Any]) -> Callable[..., Any]:

@@ -226,3 +226,33 @@ def test_words_become_floats_a_vector_at_a_time(tmp_path):
     routine = loaded(tmp_path / "steps.pt2")
     assert routine is not None
     assert torch.equal(routine([*inputs])[0], Steps()(*inputs))
+
+
+class Halves(torch.nn.Module):
+    """Two vectors in turn of rows of 16 bits, and floats."""
+
+    def forward(self, rows, x):
+        one, other = rows.float().unbind(2)
+        return (one * x + other).sum((1, 2))
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vectors", [256, 512])
+def test_numbers_of_16_bits_are_loaded_without_a_mask(tmp_path, dtype, vectors):
+    if vectors == 512 and not instructions._has("avx512_f"):
+        pytest.skip("needs AVX-512")
+    inputs = (
+        torch.randint(-9, 9, (7, 5, 2, LANES)).to(dtype),
+        torch.randint(-9, 9, (LANES,)).float(),
+    )
+    with torch._inductor.config.patch({"cpp.simdlen": vectors}):
+        compile_to(tmp_path / "halves.pt2", Halves(), inputs, (None, None))
+    written = source(tmp_path / "halves.pt2")
+    halves = len(re.findall("_mm256_loadu_si256", written))
+    masks = len(re.findall(r"Vectorized<at::\w+>::loadu\(", written))
+    assert (halves, masks) == ((2, 0) if vectors == 512 else (0, 2))
+    assert written.count("__builtin_prefetch(") == 1  # for both: they lie in one line
+    routine = loaded(tmp_path / "halves.pt2")
+    assert routine is not None
+    assert torch.equal(routine([*inputs])[0], Halves()(*inputs))
