@@ -27,7 +27,7 @@ import torch
 from refollama.fast.dots import HALF, WORD
 
 MOST_OF_16 = (1 << 15) - 1  # a sum that 16 bits hold
-TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: none over groups of a block
+TILE_LOOPS = 3  # over tiles, their sixteen rows, and blocks: a matrix has no fewer
 AHEAD = 2048  # words
 LINE = 32  # numbers of 16 bits: 64 bytes, which memory brings at once
 CHAINS = 2  # sums that take turns: each waits four cycles for what was added before
@@ -293,9 +293,9 @@ def _load_line(before: Callable[..., str]) -> Callable[..., str]:
     header, told so, copies them to the stack, and waits for them there: three quarters of the time
     of a product. It does not, if it is told nothing.
 
-    And where one loop runs through all blocks of sixteen rows, it is done with them sooner than
-    memory brings the next ones (Q4_0: a tenth of the time, on Zen 4). Where groups with steps of
-    their own make it three loops, as in types like Q4_K, it is not.
+    And words of a matrix are done with sooner than memory brings the next ones; so these are asked
+    for. One token gains a tenth by it, eight, which take longer than memory and rest it meanwhile,
+    up to twice as much (Zen 5).
     """
 
     def line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
@@ -308,11 +308,11 @@ def _load_line(before: Callable[..., str]) -> Callable[..., str]:
         if dtype in (torch.float16, torch.bfloat16):
             half = vectors == 1 / 2 and self.vec_isa.bit_width() == 512
             loaded = _half_a_vector(load, place) if half else written
-            return f"({_next_turn(index, place)}{loaded})"
+            return f"({_next_turn(index, place, self.itervars[-1])}{loaded})"
         if dtype != torch.int32 or vectors != self._get_num_vectors(dtype):
             return written  # the last vector would reach past the end
         loops = [one for one in getattr(index, "free_symbols", ()) if str(one).startswith("x")]
-        soon = f"__builtin_prefetch({place} + {AHEAD}), " if len(loops) == TILE_LOOPS else ""
+        soon = f"__builtin_prefetch({place} + {AHEAD}), " if len(loops) >= TILE_LOOPS else ""
         return f"({soon}{load}loadu({place}))"
 
     return line
@@ -326,15 +326,16 @@ def _half_a_vector(load: str, place: str) -> str:
     return f"{load.removesuffix('::')}(_mm512_castsi256_si512({half}))"
 
 
-def _next_turn(index: Any, place: str) -> str:
+def _next_turn(index: Any, place: str, innermost: Any) -> str:
     """Asks for what lies there in the next turn of the outermost loop: for the next rows, while
     several tokens pass by these and memory would rest."""
     from torch._inductor.codegen import cpp_utils
 
     write: Any = cpp_utils.cexpr_index
-    turn = next((one for one in getattr(index, "free_symbols", ()) if str(one) == "x0"), None)
-    if turn is None or index.as_coeff_Add()[0] % LINE:
-        return ""  # its neighbour asks for the same line
+    symbols = getattr(index, "free_symbols", ())
+    turn = next((one for one in symbols if str(one) == "x0"), None)
+    if turn is None or innermost not in symbols or index.as_coeff_Add()[0] % LINE:
+        return ""  # it is asked for already: by the turn before this, or by its neighbour
     return f"__builtin_prefetch({place} + {write(index.subs(turn, turn + 1) - index)}), "
 
 
