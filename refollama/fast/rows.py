@@ -8,7 +8,6 @@ is rounded. Each sum is added in the same order beside however many other tokens
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -20,8 +19,7 @@ from refollama.fast.routines import compile_to, loaded, path_for
 VECTOR = 16  # numbers
 PAIR = 2 * VECTOR  # two vectors of a row are added up, and that to the sum
 WIDE = 4096  # numbers: such a token, and rows that pass by, do not fit a cache of 32 kB
-SHARING = 4  # rows that share what is read of tokens, and tokens that do so at a time
-TILES = (1, 1), (1, SHARING), (TOGETHER, SHARING)  # tokens together, and rows: what is compiled
+TILES = (1, 1), (1, 4), (TOGETHER, 2)  # tokens together, and rows: what is compiled
 
 
 def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -34,10 +32,11 @@ def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def at_once(count: int, n: int, width: int) -> int:
-    """How many of n rows go together: several tokens do not stay in the cache, nor does a wide one,
-    and four rows share what is read of them. One token stays, and several rows would halve what
-    memory gives."""
-    return SHARING if (count > 1 or width >= WIDE) and n % SHARING == 0 else 1
+    """How many of n rows go together: of several tokens more is read than of a row, and two rows
+    share them. One token stays in the cache, and several rows would halve what memory gives; but a
+    wide one does not stay, and four rows share it."""
+    some = 2 if count > 1 else 4 if width >= WIDE else 1
+    return some if n % some == 0 else 1
 
 
 def in_vectors(rows: Tensor, together: int = 1) -> Tensor:
@@ -47,21 +46,17 @@ def in_vectors(rows: Tensor, together: int = 1) -> Tensor:
 
 
 def _by_vectors(x: Tensor, matrix: Tensor) -> Tensor:
-    """Both as `in_vectors` has them → (M, out).  Four tokens pass by some rows, then four others:
-    the rows stay in the cache, and as many sums in registers."""
-    M, (n, some) = len(x), matrix.shape[:2]
-    tokens = x.view(-1, math.gcd(M, SHARING), *x.shape[2:]).unbind(1)
+    """Both as `in_vectors` has them → (M, out)"""
     rows = matrix.float().unbind(1)
-    found = [torch.stack([_inner(token, row) for row in rows], -1) for token in tokens]
-    return torch.stack(found, 1).permute(2, 1, 0, 3).reshape(M, n * some)
+    found = [torch.stack([_inner(token, row) for row in rows], -1) for token in x[:, 0].unbind()]
+    return torch.stack(found).flatten(1)
 
 
 def _inner(token: Tensor, rows: Tensor) -> Tensor:
-    """(m, in / 32, 2, 16), (n, in / 32, 2, 16) → (n, m)"""
-    rows = rows[:, None]
-    one, other = token.expand(rows.shape[0], *token.shape).unbind(3)
-    its, others = rows.expand(-1, len(token), -1, -1, -1).unbind(3)
-    return fma(one, its, other * others).sum((2, 3))
+    """(in / 32, 2, 16), (n, in / 32, 2, 16) → (n,)"""
+    one, other = token.expand(rows.shape).unbind(2)
+    its, others = rows.unbind(2)
+    return fma(one, its, other * others).sum((1, 2))
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -103,8 +98,8 @@ def rows_are_there(number: str) -> bool:
 def compiled_rows_times(x: Tensor, matrix: Tensor) -> Tensor | None:
     """`rows_times`; None if its routine is gone: (…, in), (out, in) → (…, out) float32"""
     rows = x.reshape(-1, x.shape[-1]).float()
-    # The routine for eight has four rows go together, and does not look whether it is given four.
-    together = 1 if len(matrix) % SHARING else together_for(len(rows))
+    # The routine for eight has two rows go together, and does not look whether it is given two.
+    together = 1 if len(matrix) % 2 else together_for(len(rows))
     some = at_once(together, *matrix.shape)
     routine = loaded(path_of(name_of(matrix.dtype), together, some))
     if routine is None:
