@@ -294,8 +294,8 @@ def _load_line(before: Callable[..., str]) -> Callable[..., str]:
     of a product. It does not, if it is told nothing.
 
     And words of a matrix are done with sooner than memory brings the next ones; so these are asked
-    for. One token gains a tenth by it, eight, which take longer than memory and rest it meanwhile,
-    up to twice as much (Zen 5).
+    for. One token is a tenth sooner for it; eight, while whose products memory would rest, take
+    half the time where no cache holds the matrix (Zen 5).
     """
 
     def line(self: Any, var: str, index: Any, dtype: torch.dtype, mask: Any = None) -> str:
