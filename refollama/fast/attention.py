@@ -9,50 +9,95 @@ For all tokens at once scores go to memory and come back several times: of 512 t
 they take 32 MiB, of 2048 half a gigabyte. What comes out is the same to the last bit: a token's
 row is computed alike beside any others, and places that it may not see add nothing, in pieces of
 their own.
+
+Where oneDNN multiplies sooner than torch's own choice, each key head is attended to by itself, by
+all heads that share it: a part of as many scores is then some more tokens. Both add in the same
+order, if sums are as short as they are here; whether they do is tried once.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
 
 from refollama.fast.prepared import is_free
+from refollama.fast.products import by_onednn, onednn
 from refollama.kvcache import PIECE
-from refollama.models.exact import times
+from refollama.models.exact import linear, times
 from refollama.models.layers import attend, weighted
 
 SCORES = 1 << 19  # of a part: two megabytes of float32
+ROWS = 512  # of a key head, from which on it is worth a product of its own
+HALF = PIECE // 2  # as MKL adds up a piece
 
 
 def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """What `attend` computes, of the same shapes: q (B, T, H, D) → (B, T, H, Dv)"""
-    B, T, H, _ = q.shape
-    at_once = max(1, SCORES // max(1, B * H * k.shape[2]))
-    if at_once >= T or not all(map(is_free, (q, k, v))):
+    B, T, H, D = q.shape
+    Hk, S, Dv = *k.shape[1:3], v.shape[-1]
+    if not all(map(is_free, (q, k, v))):
         return attend(q, k, v, visible)
-    mixed = q.new_empty(B, T, H, v.shape[-1])
+    by_heads = T * H // Hk >= ROWS and heads_are_alike(D, Dv)
+    at_once = _of_a_head(H // Hk, S) if by_heads else max(1, SCORES // max(1, B * H * S))
+    if at_once >= T and not by_heads:
+        return attend(q, k, v, visible)
+    mixed = q.new_empty(B, T, H, Dv)
     for some, seen, its in zip(
         *(torch.split(one, at_once, 1) for one in (q, visible, mixed)), strict=True
     ):
         S = _last_seen(seen)
-        _attend(some, k[:, :, :S], v[:, :, :S], seen[..., :S], its)
+        _attend(some, k[:, :, :S], v[:, :, :S], seen[..., :S], its, by_heads)
     return mixed
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, mixed: Tensor) -> None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, mixed: Tensor, by_heads: bool
+) -> None:
     """`attend`, into mixed; scores are hidden by adding: filling takes as long as a product."""
     B, T, H, D = q.shape
     Hk, S = k.shape[1:3]
     shared = (B, T, Hk, H // Hk)
-    q = (q / math.sqrt(D)).view(*shared, D).transpose(1, 2).flatten(2, 3)
-    scores = times(q, k.mT)
+    q = (q / math.sqrt(D)).view(*shared, D).transpose(1, 2)  # (B, Hk, T, G, D)
     first = _seen_by_all(visible)
     unseen = torch.zeros(visible[..., first:].shape).masked_fill_(~visible[..., first:], -math.inf)
-    scores.view(B, Hk, T, -1, S)[..., first:].add_(unseen[:, None, :, None])
-    found = weighted(scores.softmax(-1), v).view(B, Hk, T, H // Hk, -1)
-    mixed.view(*shared, -1).copy_(found.transpose(1, 2))
+    mixed = mixed.view(*shared, -1).transpose(1, 2)
+    if not by_heads:
+        scores = times(q.flatten(2, 3), k.mT)
+        scores.view(B, Hk, T, -1, S)[..., first:].add_(unseen[:, None, :, None])
+        mixed.copy_(weighted(scores.softmax(-1), v).view(mixed.shape))
+        return
+    for b in range(B):
+        for its, keys, values, place in zip(q[b], k[b], v[b], mixed[b], strict=True):
+            scores = linear(its.flatten(0, 1), keys, by=onednn)
+            scores.view(T, -1, S)[..., first:].add_(unseen[b, :, None])
+            place.copy_(_weighted(scores.softmax(-1), values).view(place.shape))
+
+
+def _weighted(shares: Tensor, v: Tensor) -> Tensor:
+    """`weighted` of one head, by oneDNN: (rows, S), (S, Dv) → (rows, Dv)"""
+    both = zip(torch.split(shares, HALF, -1), torch.split(v.T, HALF, -1), strict=True)
+    halves = [linear(share, values, by=onednn) for share, values in both]
+    pieces = [reduce(Tensor.add_, halves[at : at + 2]) for at in range(0, len(halves), 2)]
+    return reduce(Tensor.add_, pieces)
+
+
+@cache
+def heads_are_alike(D: int, Dv: int) -> bool:
+    """Is oneDNN the sooner one, and does it find what `attend` finds, of heads so wide?"""
+    if not by_onednn():
+        return False
+    drawn, S = partial(torch.randn, generator=torch.Generator().manual_seed(0)), 2 * PIECE
+    q, k, shares, v = drawn(ROWS, D), drawn(S, D), drawn(ROWS, S), drawn(S, Dv)
+    scores_are = torch.equal(linear(q, k, by=onednn), times(q, k.T))
+    return scores_are and torch.equal(_weighted(shares, v), weighted(shares, v))
+
+
+def _of_a_head(G: int, S: int) -> int:
+    """So many tokens, if G heads share a key head: no more than what is left out goes by."""
+    return max(1, min(PIECE, max(ROWS, SCORES // max(1, S)) // G))
 
 
 def _seen_by_all(visible: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from refollama.fast import attention, hasten
 from refollama.fast.attention import attend_in_parts
+from refollama.fast.products import onednn
 from refollama.fast.step import attend_one
 from refollama.kvcache import PIECE
 from refollama.models.layers import attend
@@ -24,6 +25,15 @@ def small(monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 5 * 4 * 3 * PIECE)
 
 
+@pytest.fixture(params=["all heads", "each head"])
+def ways(request, monkeypatch):
+    """All key heads at once, and each by itself where oneDNN is the sooner one."""
+    if request.param == "each head":
+        if not attention.heads_are_alike(8, 8):
+            pytest.skip("torch's own choice is the sooner one here")
+        monkeypatch.setattr(attention, "ROWS", 16)
+
+
 def given(*, T=37, first=600, window=10_000, B=1):
     """q, k, v, visible: T tokens from this place on, 4 heads of 2 key heads, three pieces."""
     rng = torch.Generator().manual_seed(0)
@@ -37,11 +47,13 @@ def given(*, T=37, first=600, window=10_000, B=1):
 @pytest.mark.parametrize("first", [0, 230, 600, 3 * PIECE - 37])
 @pytest.mark.parametrize("window", [10_000, 40])
 @pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.usefixtures("ways")
 def test_it_is_attention_at_once(first, window, B):
     some = given(first=first, window=window, B=B)
     assert same(attend_in_parts(*some), attend(*some))
 
 
+@pytest.mark.usefixtures("ways")
 def test_places_that_come_later_are_not_looked_at():
     """Were they, what lies there would be multiplied by nothing: and that is no number."""
     q, k, v, visible = given(first=0)
@@ -77,6 +89,27 @@ def test_few_tokens_are_attended_to_at_once(monkeypatch, T, plainly, parts):
 
 
 @pytest.mark.parametrize(
+    ("G", "S", "tokens"),
+    [(4, 512, 256), (4, 2048, 128), (1, 512, 256), (8, 4096, 64), (999, 8192, 1)],
+)
+def test_a_part_of_one_head_has_more_tokens(monkeypatch, G, S, tokens):
+    monkeypatch.undo()
+    assert attention._of_a_head(G, S) == tokens
+
+
+def test_heads_go_by_themselves_only_if_that_is_the_same(monkeypatch):
+    def almost(*given):
+        return onednn(*given) * (1 + 1e-6)
+
+    monkeypatch.setattr(attention, "by_onednn", lambda: True)
+    monkeypatch.setattr(attention, "onednn", almost)
+    assert not attention.heads_are_alike.__wrapped__(8, 8)
+    monkeypatch.setattr(attention, "by_onednn", lambda: False)
+    monkeypatch.setattr(attention, "onednn", onednn)
+    assert not attention.heads_are_alike.__wrapped__(8, 8)
+
+
+@pytest.mark.parametrize(
     ("first", "window", "places"), [(600, 10_000, 601), (0, 10_000, 1), (600, 40, 0), (0, 40, 1)]
 )
 def test_only_what_some_token_may_not_see_is_hidden(first, window, places):
@@ -96,6 +129,7 @@ def test_whoever_goes_backwards_finds_the_same_way():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("ways")
 def test_a_net_with_it_reads_as_one_without(tmp_path):
     """Also behind something that was read before, and in blocks that are left as they are."""
     path = write_model(tmp_path / "m.gguf", type="F32")
