@@ -92,10 +92,11 @@ class Rounded:
         n = N * parts
         whole = self.whole.view(G, N, M, parts, group).transpose(2, 3)
         units = self.unit[:, :, None].expand(G, N, parts, M)
+        words = in_bytes(whole, self.nbytes)
+        if self.nbytes == 1:  # as tokens lie, or a compiler would make them number by number
+            words = once(words.movedim(3, 1)).movedim(1, 3)
         return Numbers(
-            once(in_bytes(whole, self.nbytes).flatten(1)).view(
-                G, n, M, self.nbytes, group // BYTES
-            ),
+            once(words.flatten(1)).view(G, n, M, self.nbytes, group // BYTES),
             whole.float().sum(-1).view(G, n, M),  # below 2 ^ 24: exact
             once(units.flatten(1)).view(G, n, M),
         )

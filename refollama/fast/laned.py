@@ -21,7 +21,7 @@ from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS
 
 TOGETHER = 8  # tokens
-MANY = 512  # tokens that are handed over at a time: what is made in between takes memory
+MANY = 128  # tokens that are handed over at a time: so what is made of them stays in the cache
 WORTH_IT = 4  # tokens from which on eight together are sooner than one by one
 ROUTINES = (1, 2), (TOGETHER, 2), (TOGETHER, 1)  # of a type: tokens together, and bytes of numbers
 
@@ -52,10 +52,11 @@ class LaneLinear(PreparedLinear):
         if routine is None:
             return by_slabs(self, x)
         made, given = self.prepared(), filled(rows, together).view(-1, together, x.shape[-1])
-        some = torch.split(given, MANY // together if together > 1 else 1)
-        found = [routine([one, *made])[0].flatten(0, 1) for one in some]
-        y = found[0] if len(found) == 1 else torch.cat(found)
-        y = y[: len(rows)].view(*x.shape[:-1], -1)
+        y = torch.empty(*given.shape[:2], len(made[0]), LANES)
+        at_once = MANY // together if together > 1 else 1
+        for some, place in zip(*(torch.split(one, at_once) for one in (given, y)), strict=True):
+            routine([some, place, *made])
+        y = y.flatten(0, 1)[: len(rows)].view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -76,9 +77,9 @@ def filled(rows: Tensor, together: int) -> Tensor:
 
 
 class Product(nn.Module):
-    """Tokens by a matrix of one type, of any size: this is compiled.
+    """Tokens by a matrix of one type, of any size, into outputs that are there: this is compiled.
 
-    (G, M, in) → (G, M, out)
+    x (G, M, in), place (G, M, T, 16)
     """
 
     def __init__(self, kind: str, nbytes: int) -> None:
@@ -86,10 +87,12 @@ class Product(nn.Module):
         super().__init__()
         self.kind, self.nbytes = kind, nbytes
 
-    def forward(self, x: Tensor, *made: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor, *made: Tensor) -> None:
         blocks = made[1].shape[1]
         groups = blocks * (LAYOUTS[TYPE_ID[self.kind]].block.values // GROUP)
-        return times(rounded(x, groups, self.nbytes), made, self.kind)
+        y = times(rounded(x, groups, self.nbytes), made, self.kind)
+        # By `copy_` they would be laid beside it first.
+        place.index_put_((torch.arange(place.shape[0]),), y)
 
 
 def path_of(kind: str, together: int, nbytes: int) -> Path:
@@ -108,8 +111,9 @@ def compile_product(kind: str, together: int, nbytes: int) -> None:
     width = 3 * layout.block.values
     rows = torch.zeros(5 * LANES, 3 * layout.block.nbytes, dtype=torch.uint8)
     any_size = torch.export.Dim.AUTO
-    given = torch.randn(3 if together > 1 else 1, together, width), *laid(rows, kind)
-    sizes = tuple({0: any_size, 1: any_size} for _ in given[1:])
-    many = {0: any_size} if together > 1 else {}
-    made = Product(kind, nbytes)
-    compile_to(path_of(kind, together, nbytes), made, given, ({**many, 2: any_size}, sizes))
+    made, many = laid(rows, kind), {0: any_size} if together > 1 else {}
+    x = torch.randn(3 if together > 1 else 1, together, width)
+    given = x, torch.empty(*x.shape[:2], 5, LANES), *made
+    sizes = tuple({0: any_size, 1: any_size} for _ in made)
+    dynamic = {**many, 2: any_size}, {**many, 2: any_size}, sizes
+    compile_to(path_of(kind, together, nbytes), Product(kind, nbytes), given, dynamic)

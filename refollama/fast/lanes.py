@@ -216,7 +216,7 @@ def _four(small: Tensor) -> Tensor:
 def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     """Tokens by a matrix that is `laid`; each code is unpacked once for all M that go together.
 
-    → (G, M, out) float32
+    → (G, M, T, 16) float32
     """
     code, (words, *small) = CODE[kind], made
     its = x.by(code.group)
@@ -242,7 +242,7 @@ def times(x: Rounded, made: Sequence[Tensor], kind: str) -> Tensor:
     y = torch.stack(found)
     if code.m is not None:
         y = y - torch.stack(_lows(its.sums * its.units, small, groups))
-    return y.permute(2, 0, 1, 3).flatten(2)
+    return y.permute(2, 0, 1, 3)
 
 
 def _lows(sums: Tensor, small: Sequence[Tensor], groups: int) -> list[Tensor]:

@@ -119,7 +119,7 @@ class BlockStep(nn.Module):
             return (x[:, None] * matrix).sum(-1)
         if kind.startswith(IN_LANES):
             assert tokens is not None
-            return times(tokens, made, kind.removeprefix(IN_LANES))[0]
+            return times(tokens, made, kind.removeprefix(IN_LANES))[0].flatten(1)
         return rows_times(x, made[0])
 
 
