@@ -18,6 +18,7 @@ order, if sums are as short as they are here; whether they do is tried once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial, reduce
 
 import torch
@@ -29,6 +30,7 @@ from refollama.kvcache import PIECE
 from refollama.models.exact import linear, times
 from refollama.models.layers import attend, weighted
 
+Product = Callable[[Tensor, Tensor], Tensor]
 SCORES = 1 << 19  # of a part: two megabytes of float32
 ROWS = 512  # of a key head, from which on it is worth a product of its own
 HALF = PIECE // 2  # as MKL adds up a piece
@@ -56,24 +58,41 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, mixed: Tensor, by_heads: bool
 ) -> None:
-    """`attend`, into mixed; scores are hidden by adding: filling takes as long as a product."""
+    """`attend`, into mixed."""
     B, T, H, D = q.shape
-    Hk, S = k.shape[1:3]
+    Hk = k.shape[1]
     shared = (B, T, Hk, H // Hk)
     q = (q / math.sqrt(D)).view(*shared, D).transpose(1, 2)  # (B, Hk, T, G, D)
-    first = _seen_by_all(visible)
-    unseen = torch.zeros(visible[..., first:].shape).masked_fill_(~visible[..., first:], -math.inf)
     mixed = mixed.view(*shared, -1).transpose(1, 2)
+    late = visible[..., None, _seen_by_all(visible) :]
+    unseen = torch.zeros(late.shape).masked_fill_(~late, -math.inf)  # (B, T, 1, places)
     if not by_heads:
-        scores = times(q.flatten(2, 3), k.mT)
-        scores.view(B, Hk, T, -1, S)[..., first:].add_(unseen[:, None, :, None])
-        mixed.copy_(weighted(scores.softmax(-1), v).view(mixed.shape))
+        mixed.copy_(_mixed(q, k, v, unseen[:, None], _all_scores, weighted))
         return
     for b in range(B):
         for its, keys, values, place in zip(q[b], k[b], v[b], mixed[b], strict=True):
-            scores = linear(its.flatten(0, 1), keys, by=onednn)
-            scores.view(T, -1, S)[..., first:].add_(unseen[b, :, None])
-            place.copy_(_weighted(scores.softmax(-1), values).view(place.shape))
+            place.copy_(_mixed(its, keys, values, unseen[b], _scores, _weighted))
+
+
+def _mixed(
+    q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scores_of: Product, weigh: Product
+) -> Tensor:
+    """q (…, T, G, D), k (…, S, D), v (…, S, Dv) → (…, T, G, Dv)
+
+    Scores of the last places are hidden by adding: filling takes as long as a product.
+    """
+    scores = scores_of(q.flatten(-3, -2), k)
+    scores.view(*q.shape[:-1], -1)[..., k.shape[-2] - unseen.shape[-1] :].add_(unseen)
+    return weigh(scores.softmax(-1), v).view(*q.shape[:-1], -1)
+
+
+def _all_scores(q: Tensor, k: Tensor) -> Tensor:
+    return times(q, k.mT)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Those of one head, by oneDNN."""
+    return linear(q, k, by=onednn)
 
 
 def _weighted(shares: Tensor, v: Tensor) -> Tensor:
@@ -91,7 +110,7 @@ def heads_are_alike(D: int, Dv: int) -> bool:
         return False
     drawn, S = partial(torch.randn, generator=torch.Generator().manual_seed(0)), 2 * PIECE
     q, k, shares, v = drawn(ROWS, D), drawn(S, D), drawn(ROWS, S), drawn(S, Dv)
-    scores_are = torch.equal(linear(q, k, by=onednn), times(q, k.T))
+    scores_are = torch.equal(_scores(q, k), _all_scores(q, k))
     return scores_are and torch.equal(_weighted(shares, v), weighted(shares, v))
 
 
