@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
@@ -30,7 +31,7 @@ from refollama.fast.recorded import Recorded
 from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for
 from refollama.fast.rows import name_of
 from refollama.fast.slabs import columns, type_of
-from refollama.fast.step import IN_LANES, PACKED, PRODUCTS, BlockStep, Shape
+from refollama.fast.step import IN_LANES, PACKED, PRODUCTS, BlockInto, BlockStep, Shape
 from refollama.kvcache import PIECE, Rows
 from refollama.models.layers import Linear, attend, swiglu
 from refollama.models.llama import Block, Llama, Step
@@ -235,14 +236,21 @@ def join(net: Llama) -> int:
 
 def _routines(shape: Shape) -> dict[tuple[torch.dtype, int], Routine]:
     """For any number of tokens, or none at all: a block computes all of them alike."""
-    found = {}
+    found: dict[tuple[torch.dtype, int], Routine] = {}
     for together in _together(shape):
         routine = loaded(path_of(replace(shape, together=together)), shape.device)
         if routine is None:
             return {}
-        recorded = Recorded(routine) if shape.device == "cuda" else routine
-        found[getattr(torch, shape.cache), together] = recorded
+        whole = Recorded(routine) if shape.device == "cuda" else partial(_made_by, routine)
+        found[getattr(torch, shape.cache), together] = whole
     return found
+
+
+def _made_by(routine: Routine, given: list[Tensor]) -> list[Tensor]:
+    """What `BlockInto` writes; each result has a place of its own."""
+    place = torch.empty_like(given[0])
+    routine([place, *given])
+    return [place]
 
 
 # ── compiling ─────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +268,12 @@ def compile_blocks(net: Llama, dtype: torch.dtype, told: Told = unheard) -> int:
     for done, (shape, block) in enumerate(there.items()):
         if not path_of(shape).exists():
             given, dynamic = _example(block, shape)
-            compile_to(path_of(shape), BlockStep(shape), given, dynamic, shape.device)
+            if shape.device == "cuda":
+                compile_to(path_of(shape), BlockStep(shape), given, dynamic, "cuda")
+            else:
+                place = torch.empty(shape.together, shape.sizes[0][1])
+                into = (place, *given), (None, dynamic)
+                compile_to(path_of(shape), BlockInto(shape), *into, on_stack=True)
         told(done + 1, len(there))
     return join(net)
 

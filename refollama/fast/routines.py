@@ -15,9 +15,10 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ AS_ONE = dict.fromkeys(
 )
 # Loops are laid out for all cores, by however many threads this process computes just now.
 FOR_CPU = {"cpp.dynamic_threads": True, "cpp.threads": os.cpu_count() or 1, **AS_ONE}
+ON_STACK = {"aot_inductor.allow_stack_allocation": True, **FOR_CPU}
+MOST_ON_STACK = 1 << 20  # bytes: an eighth of what a thread has on Linux
 
 log = logging.getLogger(__name__)
 _known: dict[Path, Routine] = {}
@@ -137,24 +140,28 @@ def compile_to(
     given: tuple[object, ...],
     dynamic: tuple[object, ...],
     device: str = "cpu",
+    on_stack: bool = False,
 ) -> None:
     """Compile what takes such arguments; the file appears whole, or not at all.
 
-    dynamic: which of their sizes may be others, as `torch.export` has it.
+    dynamic: which of their sizes may be others, as `torch.export` has it. on_stack: what its loops
+    hand on lies there, if it is a megabyte at most, and has one size. Then it must return nothing:
+    all results would be one tensor, that of the last call.
     Raises: RefollamaError without a compiler, or if it fails.
     """
     _check_compiler()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = tempfile.TemporaryDirectory(dir=path.parent)
+    configs = {} if device != "cpu" else ON_STACK if on_stack else FOR_CPU
     with beside as scratch, _quietly(scratch):
         try:
             if device == "cpu":
                 teach()
-            with whole_vectors():
+            with whole_vectors(), _written_for_stack() if on_stack else nullcontext():
                 package = torch._inductor.aoti_compile_and_package(
                     torch.export.export(made, given, dynamic_shapes=dynamic),
                     package_path=str(Path(scratch) / "routine.pt2"),
-                    inductor_configs=FOR_CPU if device == "cpu" else {},
+                    inductor_configs=configs,
                 )
         except Exception as problem:  # a compiler says much; the log has all of it
             log.debug("compiling failed", exc_info=True)
@@ -175,6 +182,24 @@ def _check_compiler() -> None:
             "there is no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one "
             "in the environment variable CXX"
         ) from None
+
+
+@contextmanager
+def _written_for_stack() -> Iterator[None]:
+    """torch's compiler can put tensors on the stack. But who writes its C++ is decided for all
+    that a process compiles, by the first; and it stops at a tenth of `MOST_ON_STACK`."""
+    from torch._inductor.codegen import common, cpp_wrapper_cpu_array_ref
+
+    common.init_backend_registration()
+    writing: Any = common.device_codegens["cpu"]
+    limits: Any = cpp_wrapper_cpu_array_ref
+    before = writing.cpp_wrapper_codegen, limits.MAX_STACK_ALLOCATION_SIZE
+    writing.cpp_wrapper_codegen = limits.CppWrapperCpuArrayRef
+    limits.MAX_STACK_ALLOCATION_SIZE = MOST_ON_STACK
+    try:
+        yield
+    finally:
+        writing.cpp_wrapper_codegen, limits.MAX_STACK_ALLOCATION_SIZE = before
 
 
 @contextmanager

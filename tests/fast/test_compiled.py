@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import shutil
+import zipfile
 from typing import Any
 
 import pytest
@@ -165,6 +166,24 @@ def test_threads_share_out_rows_and_no_sum(warmed):
     assert len(calls) == 2 + 2 * 2
     assert all(torch.equal(one[0], found[0][0]) for one in found)
     assert torch.equal(found[2], found[3])
+
+
+@compiler
+@slow
+def test_what_a_block_gave_stays_and_what_its_loops_hand_on_makes_no_tensors(warmed):
+    net = net_of(warmed)
+    x, (block, *_) = torch.randn(2, 1, 1, net.config.d_model), net.blk
+    cache = net.new_cache(1, torch.float16).rows([0], 1)
+    step = Step(net.rope, torch.zeros(1, 1, dtype=torch.long), cache, net.config.window)
+    with torch.no_grad():
+        one = block(x[0], step)
+        kept = one.clone()
+        assert not torch.equal(block(x[1], step), kept)
+    assert torch.equal(one, kept)
+    # Of its sizes only the number of places is not known: scores, and what is hidden of them.
+    with zipfile.ZipFile(path_of(block.shape)) as file:
+        [name] = [name for name in file.namelist() if name.endswith("wrapper.cpp")]
+        assert file.read(name).count(b"aoti_torch_empty_strided(") < 5
 
 
 @compiler
