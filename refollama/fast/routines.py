@@ -114,16 +114,29 @@ def _opened(path: Path, device: str) -> Routine | None:
     if not is_ours(path):
         log.warning("%s is left alone: others than its user may write it", path)
         return None
+    # For a recording it must not ask the GPU, between its steps, whether it has ended.
+    alone = device == "cuda"
     try:
         # What torch's own reader of packages is built on; that takes two seconds to import.
-        # For a recording it must not ask the GPU, between its steps, whether it has ended.
-        alone = device == "cuda"
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1, -1)
+        with nullcontext() if alone else _leaving_nothing():
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1, -1)
     except (RuntimeError, AttributeError) as problem:
         log.warning("%s is no routine: %s", path, str(problem).split("\n")[0])
         return None
     run: Routine = loader.run
     return run
+
+
+@contextmanager
+def _leaving_nothing() -> Iterator[None]:
+    """A package is unpacked into a temporary folder, which would stay behind wherever a process
+    ends at once, as servers do. What is loaded needs its files no more (on a GPU, it does)."""
+    tempfile.gettempdir()  # is found once, and other threads ask as well: it stays where it was
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        _environment("TMPDIR", scratch),
+    ):
+        yield
 
 
 def prune() -> None:
@@ -205,14 +218,20 @@ def _written_for_stack() -> Iterator[None]:
 @contextmanager
 def _quietly(scratch: str) -> Iterator[None]:
     """What torch compiles on the way lies in this folder; its advice is for others."""
-    before = os.environ.get(INDUCTOR_CACHE)
-    os.environ[INDUCTOR_CACHE] = scratch
+    with _environment(INDUCTOR_CACHE, scratch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """torch is told some things no other way."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         if before is None:
-            os.environ.pop(INDUCTOR_CACHE)
+            os.environ.pop(name)
         else:
-            os.environ[INDUCTOR_CACHE] = before
+            os.environ[name] = before
