@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from refollama.fast.gates import swiglu_in_parts
 from refollama.fast.half import HalfLinear
 from refollama.fast.kept import KeptLinear
 from refollama.fast.laned import TOGETHER, LaneLinear, filled, together_for
+from refollama.fast.pieces import apart, gathered
 from refollama.fast.prepared import FEW, Made, PreparedLinear, may_differ
 from refollama.fast.recorded import Recorded
 from refollama.fast.routines import Routine, compile_to, folder, loaded, path_for
@@ -143,10 +144,28 @@ def _told(step: Step, rows: slice, together: int) -> Sequence[Tensor]:
 
 
 def _weights(block: Block) -> Iterator[Tensor]:
-    """In the order of `BlockStep.forward`."""
+    """In the order of `BlockInto.forward`, and so of `BlockStep.forward`: no GPU has lanes."""
     yield from (block.attn_norm.weight, block.ffn_norm.weight)
+    yield from _pieces(block)
+    for made in _others(block):
+        yield from made
+
+
+def _pieces(block: Block) -> list[Tensor]:
+    """Of its matrices in lanes, which lie in them from now on."""
+    parts = [part for part in _products(block) if isinstance(part, LaneLinear)]
+    # A tensor of inference mode would stop whoever wants to go backwards later.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        pieces = gathered([part.prepared() for part in parts])
+    for part, made in zip(parts, apart(pieces, [part.form() for part in parts]), strict=True):
+        part.prepare_now(made)
+    return pieces
+
+
+def _others(block: Block) -> Iterator[Made]:
+    """What each of its products is made with, nothing where that lies in pieces."""
     for part in _products(block):
-        yield from _made_of(part)
+        yield () if isinstance(part, LaneLinear) else tuple(_made_of(part))
 
 
 def _products(block: Block) -> list[Linear]:
@@ -267,13 +286,8 @@ def compile_blocks(net: Llama, dtype: torch.dtype, told: Told = unheard) -> int:
     told(0, len(there))
     for done, (shape, block) in enumerate(there.items()):
         if not path_of(shape).exists():
-            given, dynamic = _example(block, shape)
-            if shape.device == "cuda":
-                compile_to(path_of(shape), BlockStep(shape), given, dynamic, "cuda")
-            else:
-                place = torch.empty(shape.together, shape.sizes[0][1])
-                into = (place, *given), (None, dynamic)
-                compile_to(path_of(shape), BlockInto(shape), *into, on_stack=True)
+            on_stack = shape.device == "cpu"
+            compile_to(path_of(shape), *_example(block, shape), shape.device, on_stack)
         told(done + 1, len(there))
     return join(net)
 
@@ -294,10 +308,10 @@ def _together(shape: Shape) -> tuple[int, ...]:
     return (FEW,) if shape.device == "cuda" else (1, TOGETHER)
 
 
-def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Arguments for `BlockStep.forward`, and which of their sizes may be others."""
+def _example(block: Block, shape: Shape) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
+    """What its routine computes, some arguments, and which of their sizes may be others."""
     B, slots, room, dtype = shape.together, 3, 2 * PIECE, getattr(torch, shape.cache)
-    products = tuple(tuple(_made_of(part)) for part in _products(block))
+    products, pieces = tuple(_others(block)), tuple(_pieces(block))
     fresh = (
         torch.randn(B, shape.sizes[0][1]),
         *torch.randn(2, B, shape.d_rotated // 2),
@@ -308,9 +322,13 @@ def _example(block: Block, shape: Shape) -> tuple[tuple[object, ...], tuple[obje
         torch.zeros(slots, shape.n_kv_heads, room, shape.d_value, dtype=dtype),
     )
     norms = block.attn_norm.weight, block.ffn_norm.weight
-    given = (*(one.to(norms[0].device) for one in fresh), *norms, products)
+    given = (*(one.to(norms[0].device) for one in fresh), *norms)
     seen, had, places = (torch.export.Dim(name, min=1) for name in ("S", "slots", "room"))
     few = {0: torch.export.Dim("B", min=1, max=B)} if shape.device == "cuda" else {}
     fixed = tuple(tuple(None for _ in made) for made in products)
     memory = {0: had, 2: places}
-    return given, (*(few,) * 5, {**few, 1: seen}, memory, memory, None, None, fixed)
+    dynamic = (*(few,) * 5, {**few, 1: seen}, memory, memory, None, None)
+    if shape.device == "cuda":
+        return BlockStep(shape), (*given, products), (*dynamic, fixed)
+    its = (None, dynamic, tuple(None for _ in pieces), fixed)
+    return BlockInto(shape), (torch.empty_like(given[0]), given, pieces, products), its

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from refollama.errors import FormatError, RefollamaError, StoreError
-from refollama.fast import half, lanes, nibbles
+from refollama.fast import half, lanes, nibbles, pieces
 from refollama.fast.experts import FastExperts
 from refollama.fast.half import HalfLinear
 from refollama.fast.laned import LaneLinear
@@ -64,7 +64,7 @@ def path_of(sources: Sequence[Path]) -> Path:
 
 @cache
 def _maker() -> list[str]:
-    code = map(inspect.getsource, (nibbles, half, lanes))
+    code = map(inspect.getsource, (nibbles, half, lanes, pieces))
     return [torch.__version__, torch.backends.cpu.get_cpu_capability(), *code]
 
 
@@ -86,11 +86,12 @@ def keep(net: Llama, sources: Sequence[Path]) -> int:
 
     → bytes; 0 if it has none.  Raises: RefollamaError if the disk says no.
     """
-    tensors = {
-        f"{name}/{number}": _as_stored(one)
+    made = [
+        (f"{name}/{number}", one)
         for name, part in copied(net).items()
         for number, one in enumerate(part.prepared())
-    }
+    ]
+    tensors = {name: _as_stored(one) for name, one in sorted(made, key=_in_pieces)}
     if not tensors:
         return 0
     told = json.dumps([str(path.resolve()) for path in sources]).encode()
@@ -102,6 +103,13 @@ def keep(net: Llama, sources: Sequence[Path]) -> int:
     except OSError as problem:
         raise RefollamaError(f"copies could not be kept: {problem.strerror}") from problem
     return path.stat().st_size
+
+
+def _in_pieces(made: tuple[str, Tensor]) -> tuple[str, str]:
+    """Sorted by it, numbers of one type and block follow each other, as in `pieces.gathered`."""
+    name, one = made
+    owner, _, _ = name.rpartition(".")
+    return owner, str(one.dtype)
 
 
 def are_kept(net: Llama, sources: Sequence[Path]) -> bool:
@@ -137,8 +145,8 @@ def _mapped(path: Path) -> dict[str, list[Tensor]]:
         whole = torch.frombuffer(copy_on_write(file), dtype=torch.uint8)
     types = {name: dtype for dtype, name in DTYPES.items()}
     found: dict[str, list[Tensor]] = {}
-    for name, one in stored.items():
-        part, _, _ = name.rpartition("/")
+    for name in sorted(stored, key=_by_number):
+        one, (part, _, _) = stored[name], name.rpartition("/")
         if part and one.dtype in types:
             dtype = types[one.dtype]
             if one.offset % dtype.itemsize:
@@ -146,6 +154,11 @@ def _mapped(path: Path) -> dict[str, list[Tensor]]:
             data = whole[one.offset : one.offset + one.nbytes]
             found.setdefault(part, []).append(data.view(dtype).view(one.shape))
     return found
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Sorted by it, what a part was made into stands in order: its ninth before its tenth."""
+    return len(name), name
 
 
 def prune() -> None:

@@ -28,7 +28,10 @@ from refollama.fast.instructions import teach, whole_vectors
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
 # The pages that make them.
-WRITTEN = "step", "rows", "fixed", "lanes", "dots", "instructions", "laned", "compiled", "routines"
+WRITTEN = (
+    *("step", "pieces", "rows", "fixed", "lanes", "dots", "instructions"),
+    *("laned", "compiled", "routines"),
+)
 CPUINFO = Path("/proc/cpuinfo")
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # A product that is written code by code is one loop: nothing of it goes to memory in between.

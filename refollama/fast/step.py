@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from refollama.fast.dots import GROUP, Rounded, once, rounded
-from refollama.fast.lanes import times
+from refollama.fast.lanes import form, times
+from refollama.fast.pieces import Form, apart
 from refollama.fast.prepared import Made
 from refollama.fast.rows import rows_times
 from refollama.weights.blocks import TYPE_ID
@@ -124,12 +124,36 @@ class BlockStep(nn.Module):
         return rows_times(x, made[0])
 
 
-class BlockInto(BlockStep):
-    """The same, into a result that is there: so a routine makes no tensor. A block has seventy
-    between its loops, which take 40 µs to make where no cache knows the way."""
+class BlockInto(nn.Module):
+    """The same, with few tensors: what passes between its loops, seventy of them, takes 40 µs to
+    make where no cache knows the way, and what it is given takes as long to hand over.
 
-    def forward(self, place: Tensor, *given: Any) -> None:  # type: ignore[override]
-        place.copy_(super().forward(*given))
+    So the result is written into a place that is there, and all matrices in lanes come in their
+    `pieces`; among the products each of them is empty.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.step = BlockStep(shape)
+
+    def forward(
+        self,
+        place: Tensor,
+        given: Sequence[Tensor],
+        pieces: Sequence[Tensor],
+        products: Sequence[Made],
+    ) -> None:
+        laned = iter(apart(pieces, forms(self.step.shape)))
+        place.copy_(self.step(*given, [made or next(laned) for made in products]))
+
+
+def forms(shape: Shape) -> list[Form]:
+    """Of its matrices in lanes."""
+    return [
+        form(kind.removeprefix(IN_LANES), *size)
+        for kind, size in zip(shape.kinds, shape.sizes, strict=True)
+        if kind.startswith(IN_LANES)
+    ]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from refollama.cli import cli
 from refollama.errors import RefollamaError
 from refollama.fast import hasten, keep
 from refollama.fast.copies import SOURCES, are_kept, copied, folder, kept, path_of, prune
+from refollama.fast.laned import LaneLinear
+from refollama.fast.pieces import gathered
 from refollama.fast.prepared import PreparedLinear
 from refollama.models.load import load_net
 from refollama.weights.safetensors import encoded, open_safetensors
@@ -203,3 +205,20 @@ def test_the_command_keeps_them_once(one, monkeypatch):
     assert list(llm.sources) == [Path(one)]
     assert kept(llm.sources)
     llm.close()
+
+
+@pytest.mark.parametrize("path", ["Q4_0 in lanes", "Q6_K in lanes"], indirect=True)
+def test_what_blocks_are_given_in_pieces_lies_so_in_the_file(path):
+    """So no process copies it again."""
+    keep(loaded(path), [path])
+    net = loaded(path)
+    for block in net.blk:
+        parts = [one for one in block.children() if isinstance(one, LaneLinear)]
+        made = [one.prepared() for one in parts]
+        pieces = gathered(made)
+        first = min(one.data_ptr() for its in made for one in its)
+        assert {piece.dtype for piece in pieces} == {torch.int32, torch.float16}
+        assert min(piece.data_ptr() for piece in pieces) == first
+        assert {one.untyped_storage().data_ptr() for one in pieces} == {
+            one.untyped_storage().data_ptr() for its in made for one in its
+        }
