@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -70,9 +71,11 @@ class CompiledBlock(Block):
         routine = self.routines.get((step.cache.cache.keys[self.layer].dtype, together))
         if routine is None:
             return super().forward(x, step)
-        starts = range(0, len(x), together)
-        found = [self._through(routine, x, step, slice(at, at + together)) for at in starts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        if len(x) <= together:
+            return self._through(routine, x, step, 0, together)
+        some = enumerate(torch.split(x, together))
+        found = [self._through(routine, one, step, at * together, together) for at, one in some]
+        return torch.cat(found)
 
     def _is_for(self, x: Tensor, step: Step) -> bool:
         if x.shape[1] != 1 or type(step.cache) is not Rows or not may_differ(x):
@@ -85,9 +88,10 @@ class CompiledBlock(Block):
     def _gather(self) -> None:
         """What the routine stands for: parts, their weights and how old these are."""
         self._parts = [
-            (name, part, weight, -1 if weight.is_inference() else weight._version)
+            (name, part, part._forward_hooks, part._forward_pre_hooks, part._buffers, weight, age)
             for name, part in self.named_children()
             for weight in (part.get_buffer("weight"),)
+            for age in (-1 if weight.is_inference() else weight._version,)
         ]
         shape = shape_of(self, getattr(torch, self.shape.cache))
         if shape != self.shape:  # a weight of another size: the routine would read past its end
@@ -104,42 +108,47 @@ class CompiledBlock(Block):
             return False
         if self.attend not in ATTEND or self.swiglu not in SWIGLU:
             return False
-        changed = False
-        for name, part, weight, age in self._parts:
-            if self._modules[name] is not part or part._forward_hooks or part._forward_pre_hooks:
+        changed, modules = False, self._modules
+        for name, part, hooks, pre_hooks, buffers, weight, age in self._parts:
+            if modules[name] is not part or hooks or pre_hooks or buffers.get("bias") is not None:
                 return False
-            changed |= part._buffers["weight"] is not weight
-            changed |= age >= 0 and weight._version != age
-            if part._buffers.get("bias") is not None:
-                return False
+            if buffers["weight"] is not weight or (age >= 0 and weight._version != age):
+                changed = True
         if changed:
             self._gather()
         return bool(self.routines)
 
-    def _through(self, routine: Routine, x: Tensor, step: Step, rows: slice) -> Tensor:
-        """The routine knows sizes, not strides: all must lie in one piece, as a cache does."""
+    def _through(
+        self, routine: Routine, x: Tensor, step: Step, start: int, together: int
+    ) -> Tensor:
+        """These rows of a step, from `start` on.
+
+        The routine knows sizes, not strides: all must lie in one piece, as a cache does.
+        """
         memory = step.cache.cache
         keys, values = memory.keys[self.layer], memory.values[self.layer]
-        x, together = x[rows, 0], 1 if self.shape.device == "cuda" else rows.stop - rows.start
-        told = _told(step, rows, together)
+        if self.shape.device == "cuda":
+            together = len(x)
+        told = _told(step, start, together)
         [y] = routine([filled(x, together), *told, keys, values, *self._made])
-        return y[: len(x), None]
+        return y if len(y) == len(x) else y[: len(x)]
 
 
-def _told(step: Step, rows: slice, together: int) -> Sequence[Tensor]:
+def _told(step: Step, start: int, together: int) -> Sequence[Tensor]:
     """What the routines of all blocks are told of these rows of a step, cos to visible, filled up
     to as many as go together: made by the first block and kept with the step, for as long as nobody
     gives it another of them."""
     told = step.cos, step.sin, step.positions, step.cache.slots, step.visible
     kept: dict[tuple[int, int], tuple[Sequence[Tensor], Sequence[Tensor]]]
     kept = vars(step).setdefault("told", {})
-    before, made = kept.get((rows.start, rows.stop), ((), ()))
-    if not before or any(one is not other for one, other in zip(before, told, strict=True)):
+    before, made = kept.get((start, together), ((), ()))
+    if not before or not all(map(is_, before, told)):
         cos, sin, positions, slots, visible = told
+        rows = slice(start, start + together)
         slots = slots[rows].to(positions.device)
         some = cos[rows, 0, 0], sin[rows, 0, 0], positions[rows, 0], slots, visible[rows, 0]
         made = [filled(one, together) for one in some]
-        kept[rows.start, rows.stop] = told, made
+        kept[start, together] = told, made
     return made
 
 
@@ -313,7 +322,7 @@ def _example(block: Block, shape: Shape) -> tuple[nn.Module, tuple[Any, ...], tu
     B, slots, room, dtype = shape.together, 3, 2 * PIECE, getattr(torch, shape.cache)
     products, pieces = tuple(_others(block)), tuple(_pieces(block))
     fresh = (
-        torch.randn(B, shape.sizes[0][1]),
+        torch.randn(B, 1, shape.sizes[0][1]),
         *torch.randn(2, B, shape.d_rotated // 2),
         torch.arange(5, 5 + B),
         torch.arange(B) % slots,

@@ -53,9 +53,9 @@ class Shape:
 class BlockStep(nn.Module):
     """The block of a shape.  A token is computed in the same order beside however many others.
 
-    Shapes: x (B, d_model), B as many as go together; cos, sin (B, R/2); positions, slots (B,);
+    Shapes: x (B, 1, d_model), B as many as go together; cos, sin (B, R/2); positions, slots (B,);
     visible (B, S) bool; keys (slots, Hk, room, D) and values (slots, Hk, room, Dv), which are
-    written into; norms (d_model,) → (B, d_model).
+    written into; norms (d_model,) → (B, 1, d_model).
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -76,6 +76,7 @@ class BlockStep(nn.Module):
         ffn_norm: Tensor,
         products: Sequence[Made],
     ) -> Tensor:
+        x = x[:, 0]
         B, Hk, D = x.shape[0], self.shape.n_kv_heads, self.shape.d_head
         cos, sin = cos[:, None], sin[:, None]  # (B, 1, R/2)
         q, k, v = self._times(self._norm(x, attn_norm), products, 0, 1, 2)
@@ -90,7 +91,7 @@ class BlockStep(nn.Module):
         x = x + mixed
         gate, up = self._times(self._norm(x, ffn_norm), products, 4, 5)
         [y] = self._times(functional.silu(gate) * up, products, 6)
-        return x + y
+        return (x + y)[:, None]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # One long sum alone would be shared out among threads, and be added up in another order

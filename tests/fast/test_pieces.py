@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from refollama.fast.pieces import apart, gathered
+from refollama.fast.pieces import Form, apart, gathered
 
-FORMS = [
+FORMS: list[Form] = [
     [(torch.int32, (3, 4)), (torch.float16, (5,))],
     [(torch.int32, (2, 1, 3))],
     [(torch.float16, (2, 2)), (torch.int32, (7,))],
