@@ -86,7 +86,8 @@ class CompiledBlock(Block):
         return not (learns and any(weight.requires_grad for *_, weight, _ in self._parts))
 
     def _gather(self) -> None:
-        """What the routine stands for: parts, their weights and how old these are."""
+        """What the routine stands for: parts, where their hooks and buffers are, their weights
+        and how old these are."""
         self._parts = [
             (name, part, part._forward_hooks, part._forward_pre_hooks, part._buffers, weight, age)
             for name, part in self.named_children()

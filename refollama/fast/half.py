@@ -21,6 +21,7 @@ from torch.nn import functional
 from refollama.fast import fixed
 from refollama.fast.prepared import (
     FLOAT,
+    Form,
     Made,
     PreparedLinear,
     bits_for,
@@ -74,7 +75,7 @@ class HalfLinear(PreparedLinear):
             place.copy_(self.unpack(some))
         return (matrix,)
 
-    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def form(self) -> Form:
         return [(self.dtype, (len(self.weight), columns(self)))]
 
     def forward(self, x: Tensor) -> Tensor:

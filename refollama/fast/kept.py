@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, PreparedLinear
+from refollama.fast.prepared import Form, Made, PreparedLinear
 from refollama.fast.slabs import columns
 from refollama.models.exact import linear
 
@@ -19,7 +19,7 @@ class KeptLinear(PreparedLinear):
     def prepare(self) -> Made:
         return (self.dense(),)
 
-    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def form(self) -> Form:
         return [(torch.float32, (len(self.weight), columns(self)))]
 
     def forward(self, x: Tensor) -> Tensor:

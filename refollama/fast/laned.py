@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refollama.fast.dots import GROUP, rounded
 from refollama.fast.lanes import CODE, LANES, form, laid, times
-from refollama.fast.prepared import Made, PreparedLinear, bytes_for, room
+from refollama.fast.prepared import Form, Made, PreparedLinear, bytes_for, room
 from refollama.fast.routines import compile_to, loaded, path_for
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
@@ -41,7 +41,7 @@ class LaneLinear(PreparedLinear):
         places = zip(zip(*slabs, strict=True), room(self.form()), strict=True)
         return [torch.cat(parts, out=place) for parts, place in places]
 
-    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def form(self) -> Form:
         return form(self.kind, len(self.weight), columns(self))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from refollama.fast.dots import BYTES, WORD, Rounded, dots, in_bytes, most_of, once, whole_numbers
+from refollama.fast.prepared import Form
 from refollama.weights.blocks import BLOCKS, TYPE_ID
 from refollama.weights.fields import fields, numbers
 from refollama.weights.quants import LAYOUTS, scales_and_minima, six_bits
@@ -138,13 +139,13 @@ def fits(kind: str, rows: int) -> bool:
     return kind in CODE and rows % LANES == 0
 
 
-def form(kind: str, rows: int, width: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+def form(kind: str, rows: int, width: int) -> Form:
     """Types and shapes of what `laid` makes."""
     return [(dtype, (rows // LANES, *shape)) for dtype, shape in _form_of_a_tile(kind, width)]
 
 
 @cache
-def _form_of_a_tile(kind: str, width: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+def _form_of_a_tile(kind: str, width: int) -> Form:
     """Of sixteen rows, tried once: a load asks for that of each matrix several times."""
     block = BLOCKS[TYPE_ID[kind]]
     some = torch.zeros(LANES, width // block.values * block.nbytes, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, PreparedLinear, in_parts, may_round, room
+from refollama.fast.prepared import Form, Made, PreparedLinear, in_parts, may_round, room
 from refollama.fast.slabs import SLAB, by_slabs, columns
 from refollama.models.layers import Linear
 from refollama.weights.blocks import TYPE_ID
@@ -76,7 +76,7 @@ class Int4Linear(PreparedLinear):
         places = enumerate(zip(zip(*slabs, strict=True), room(self.form()), strict=True))
         return [torch.cat(parts, dim % 2, out=place) for dim, (parts, place) in places]
 
-    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def form(self) -> Form:
         rows, width = len(self.weight), columns(self)
         laid = (torch.uint8, (rows, width // 2))
         scales = (torch.bfloat16, (width // GROUP, rows, 2))

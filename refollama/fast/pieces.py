@@ -15,9 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from refollama.fast.prepared import Made, room
-
-Form = Sequence[tuple[torch.dtype, tuple[int, ...]]]  # types and shapes
+from refollama.fast.prepared import Form, Made, room
 
 
 def gathered(made: Sequence[Made]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from refollama.models.layers import Linear
 from refollama.weights.pages import LARGE, fresh, let_go
 
 Made = Sequence[Tensor]
+Form = Sequence[tuple[torch.dtype, tuple[int, ...]]]  # their types and shapes
 LINE = 64  # bytes that a processor reads at a time
 FEW = 16  # tokens; of more, unpacking is a small part of the work, and nothing need be rounded
 WRITTEN, FLOAT, EXACT = 0, 32, 64  # what is written; a prompt in float32; what is exact
@@ -85,7 +86,7 @@ def in_parts(x: Tensor, width: int, times: Callable[[Tensor], Tensor]) -> Tensor
     return torch.cat(parts).view(*x.shape[:-1], width)
 
 
-def room(form: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+def room(form: Form) -> list[Tensor]:
     """Tensors of these types and shapes, side by side in large pages if they fill one."""
     sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in form]
     ends = [*accumulate(-(-size // LINE) * LINE for size in sizes)]
@@ -111,7 +112,7 @@ class PreparedLinear(Linear):
         """Those tensors, from the weight as it is now."""
 
     @abstractmethod
-    def form(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def form(self) -> Form:
         """The types and shapes of those tensors."""
 
     def fits(self, made: Made) -> bool:

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from refollama.fast.dots import GROUP, Rounded, once, rounded
 from refollama.fast.lanes import form, times
-from refollama.fast.pieces import Form, apart
-from refollama.fast.prepared import Made
+from refollama.fast.pieces import apart
+from refollama.fast.prepared import Form, Made
 from refollama.fast.rows import rows_times
 from refollama.weights.blocks import TYPE_ID
 from refollama.weights.quants import LAYOUTS

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from refollama.fast.pieces import Form, apart, gathered
+from refollama.fast.pieces import apart, gathered
+from refollama.fast.prepared import Form
 
 FORMS: list[Form] = [
     [(torch.int32, (3, 4)), (torch.float16, (5,))],
