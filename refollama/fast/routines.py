@@ -42,6 +42,7 @@ AS_ONE = dict.fromkeys(
 FOR_CPU = {"cpp.dynamic_threads": True, "cpp.threads": os.cpu_count() or 1, **AS_ONE}
 ON_STACK = {"aot_inductor.allow_stack_allocation": True, **FOR_CPU}
 MOST_ON_STACK = 1 << 20  # bytes: an eighth of what a thread has on Linux
+LINE = 64  # bytes, that memory brings at once
 
 log = logging.getLogger(__name__)
 _known: dict[Path, Routine] = {}
@@ -210,12 +211,32 @@ def _written_for_stack() -> Iterator[None]:
     writing: Any = common.device_codegens["cpu"]
     limits: Any = cpp_wrapper_cpu_array_ref
     before = writing.cpp_wrapper_codegen, limits.MAX_STACK_ALLOCATION_SIZE
-    writing.cpp_wrapper_codegen = limits.CppWrapperCpuArrayRef
+    writing.cpp_wrapper_codegen = _aligned(limits.CppWrapperCpuArrayRef)
     limits.MAX_STACK_ALLOCATION_SIZE = MOST_ON_STACK
     try:
         yield
     finally:
         writing.cpp_wrapper_codegen, limits.MAX_STACK_ALLOCATION_SIZE = before
+
+
+def _aligned(writer: Any) -> Any:
+    """Who writes so that what lies on the stack begins with a line of memory. Else it may begin
+    anywhere, each vector of 512 bits then lies in two lines, and products of eight tokens by rows
+    of 16 bits, which load one for each product, take half as long again."""
+
+    class Aligned(writer):  # type: ignore[misc]
+        def make_allocation(self, name: str, *others: Any, **more: Any) -> str:
+            found: str = super().make_allocation(name, *others, **more)
+            lines = self.wrapper_call._lines
+            if lines and f" {name}_storage[" in str(lines[-1]):
+                lines[-1] = f"alignas({LINE}) {lines[-1]}"
+            return found
+
+        @staticmethod
+        def create(*_: Any) -> Any:
+            return Aligned()
+
+    return Aligned
 
 
 @contextmanager
