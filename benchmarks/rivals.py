@@ -42,7 +42,8 @@ from refollama.weights.mixes import MIXES
 WRITTEN = 32  # tokens
 SIDE_BY_SIDE = 8
 FIRST = 32  # tokens of the prompt before a first token
-PACKAGES = {"llama.cpp": "llama_cpp", "transformers": "transformers"}
+# What each rival is imported from; transformers opens no GGUF file without the other.
+PACKAGES = {"llama.cpp": ["llama_cpp"], "transformers": ["transformers", "accelerate"]}
 OURS, PLAIN = "refollama", "plain path"
 
 
@@ -85,7 +86,9 @@ def main() -> None:
     runners, missing = _runners(given)
     print(machine())
     print(f"{given.layers} layers, {given.width} wide; medians of {given.repeat} (least – most)")
-    print("".join(f"{name} is not installed: no such rival\n" for name in missing))
+    for name in missing:
+        print(f"{name} takes no part: it needs {' and '.join(PACKAGES[name])}")
+    print()
     results: dict[str, Any] = {"machine": machine(), "missing": missing, "types": {}}
     with TemporaryDirectory() as name:
         source = write_llama(Path(name) / "source.gguf", "F16", given.layers, given.width)
@@ -130,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
 def _runners(given: argparse.Namespace) -> tuple[dict[str, Runner], list[str]]:
     """Who takes part, and who is missing."""
     given.layers = given.layers or (4 if given.quick else 22)
-    missing = [name for name, package in PACKAGES.items() if not importlib.util.find_spec(package)]
+    missing = [
+        name
+        for name, packages in PACKAGES.items()
+        if not all(map(importlib.util.find_spec, packages))
+    ]
     left_out = missing if given.plain else [PLAIN, *missing]
     runners = {name: one for name, one in everybody().items() if name not in left_out}
     return runners | {OURS: partial(here, compiled=given.warm, bits=given.prompt_bits)}, missing
