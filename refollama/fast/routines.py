@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from refollama.errors import RefollamaError
 from refollama.fast.instructions import teach, whole_vectors
+from refollama.fast.prepared import LINE
 
 Routine = Callable[[list[Tensor]], list[Tensor]]
 # The pages that make them.
@@ -42,7 +43,6 @@ AS_ONE = dict.fromkeys(
 FOR_CPU = {"cpp.dynamic_threads": True, "cpp.threads": os.cpu_count() or 1, **AS_ONE}
 ON_STACK = {"aot_inductor.allow_stack_allocation": True, **FOR_CPU}
 MOST_ON_STACK = 1 << 20  # bytes: an eighth of what a thread has on Linux
-LINE = 64  # bytes, that memory brings at once
 
 log = logging.getLogger(__name__)
 _known: dict[Path, Routine] = {}
@@ -228,7 +228,7 @@ def _aligned(writer: Any) -> Any:
         def make_allocation(self, name: str, *others: Any, **more: Any) -> str:
             found: str = super().make_allocation(name, *others, **more)
             lines = self.wrapper_call._lines
-            if lines and f" {name}_storage[" in str(lines[-1]):
+            if f" {name}_storage[" in str(lines[-1]):
                 lines[-1] = f"alignas({LINE}) {lines[-1]}"
             return found
 
