@@ -191,7 +191,8 @@ def _jobs(net: Llama) -> list[Callable[[], None]]:
     found: list[Callable[[], None]] = []
     found += [partial(compile_product, kind, *which) for kind in kinds for which in ROUTINES]
     found += [partial(compile_rows, number, *tile) for number in by_rows for tile in TILES]
-    found += [partial(fixed.compile_laying, number) for number in in_fixed_point]
+    for number in in_fixed_point:
+        found += [partial(fixed.compile_largest, number), partial(fixed.compile_laying, number)]
     if in_fixed_point:
         found += [fixed.compile_rounding, fixed.compile_product]
     return found

@@ -76,7 +76,7 @@ def copied(net: Llama) -> dict[str, PreparedLinear]:
         if isinstance(part, FastExperts):
             each = {f"{name}.{number}": one for number, one in enumerate(part.each)}
         for its, one in each.items():
-            if isinstance(one, Int4Linear | HalfLinear | LaneLinear) and one.more_bytes:
+            if isinstance(one, Int4Linear | HalfLinear | LaneLinear) and one.copied_bytes:
                 found[its] = one
     return found
 

@@ -125,12 +125,7 @@ def most_of(nbytes: int) -> int:
 
 def whole_numbers(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """x ≈ unit · n, the largest n of each row is `most`: (…, n) → (…, n) int32, (…) float32"""
-    return by_largest(x, largest_of(x), most)
-
-
-def by_largest(x: Tensor, largest: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The same, where it is known what the largest of each row is: (…, n), (…)"""
-    largest = largest.clamp(min=TINY)
+    largest = largest_of(x).clamp(min=TINY)
     return torch.round(x * (most / largest)[..., None]).int(), largest / most
 
 

@@ -7,7 +7,8 @@ than 6e-5, and by 3e-8 below. Floats of 4 bits lie too far apart for float16; bf
 exactly.
 
 After `warm` few tokens are not rounded any more: routines of their own (`rows.py`) multiply by rows
-as they lie, in floats. Prompts have numbers of 14 bits (`fixed.py`).
+as they lie, in floats. Prompts have numbers of 14 bits (`fixed.py`), and the first of them finds
+the largest of each 32 values, which stays: half a bit for each weight.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from refollama.fast.prepared import (
     FLOAT,
     Form,
     Made,
+    OfWeight,
     PreparedLinear,
     bits_for,
     bytes_for,
@@ -47,11 +49,13 @@ class HalfLinear(PreparedLinear):
         super().__init__(part)
         self.kind = kind  # as which it is packed
         self.dtype = (NATIVE | COPIED)[kind]
+        self._largest: OfWeight | None
         self.join()
 
     def join(self) -> None:
         """Use the routines for such rows from now on, if they are there."""
         number = name_of(self.dtype)
+        self._largest = None
         self.has_routines = self.in_pairs() and rows_are_there(number)
         self.in_fixed_point = self.goes_in_fixed_point() and fixed.is_there(number)
 
@@ -97,7 +101,24 @@ class HalfLinear(PreparedLinear):
             return None
         if may_round(x):
             return compiled_rows_times(x, *self.prepared()) if self.has_routines else None
-        return fixed.fixed_times(x, *self.prepared()) if self.in_fixed_point else None
+        return self._in_fixed_point(x) if self.in_fixed_point else None
+
+    def _in_fixed_point(self, x: Tensor) -> Tensor | None:
+        self._largest = found = self.made_once(self._largest, self._find_largest)
+        return fixed.fixed_times(x, *self.prepared(), *found.made) if found.made else None
+
+    def _find_largest(self) -> Made:
+        found = fixed.largest_found(*self.prepared())
+        return () if found is None else (found,)
+
+    def release(self) -> None:
+        super().release()
+        self._largest = None
+
+    @property
+    def more_bytes(self) -> int:
+        found = () if self._largest is None else self._largest.made
+        return super().more_bytes + sum(one.nbytes for one in found)
 
     def _copy(self) -> Linear:
         """What need not be unpacked."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,12 +101,20 @@ def room(form: Form) -> list[Tensor]:
     ]
 
 
+class OfWeight(NamedTuple):
+    """What was made of a weight, and how old that was; of a weight that nobody wrote into."""
+
+    weight: Tensor
+    age: int
+    made: Made
+
+
 class PreparedLinear(Linear):
     """`Linear` in place of another, with tensors beside its weight that products are made with."""
 
     def __init__(self, part: Linear) -> None:
         super().__init__(part.weight, part.unpack, part.bias)
-        self._prepared: tuple[Tensor, int, Made] | None = None  # of which weight, how old, and what
+        self._prepared: OfWeight | None = None
 
     @abstractmethod
     def prepare(self) -> Made:
@@ -125,26 +134,32 @@ class PreparedLinear(Linear):
         if kept is None or not self.fits(kept):
             self.prepared()
             return
-        self._prepared = self.weight, self._age(), kept
+        self._prepared = OfWeight(self.weight, self._age(), kept)
 
     def prepared(self) -> Made:
         """Those tensors, for as long as the weight is the same and nobody writes into it.
 
         What is written behind torch's back (`weight.data`, numpy) does not show.
         """
-        age, old = self._age(), self._prepared
-        if old is not None and old[0] is self.weight and old[1] == age:
-            return old[2]
+        before = self._prepared
+        found = self.made_once(before, self.prepare)
+        if found is not before:
+            self._prepared = found
+            self.let_go()
+        return found.made
+
+    def made_once(self, before: OfWeight | None, make: Callable[[], Made]) -> OfWeight:
+        """What was made before, if it is of the weight as it is now; else what is made anew."""
+        age = self._age()
+        if before is not None and before.weight is self.weight and before.age == age:
+            return before
         # A tensor of inference mode would stop whoever wants to go backwards later.
         with torch.inference_mode(mode=False), torch.no_grad():
-            made = self.prepare()
-        self._prepared = self.weight, age, made
-        self.let_go()
-        return made
+            return OfWeight(self.weight, age, make())
 
     def let_go(self) -> None:
         """Of the file's pages that the weight lies in, where there is a copy to answer with."""
-        if self.more_bytes:
+        if self.copied_bytes:
             let_go(self.weight.data_ptr(), self.weight.nbytes)
 
     def release(self) -> None:
@@ -156,7 +171,12 @@ class PreparedLinear(Linear):
 
     @property
     def more_bytes(self) -> int:
-        """What they take beside the weight, as far as they are there."""
-        made = () if self._prepared is None else self._prepared[2]
+        """What is kept beside the weight."""
+        return self.copied_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """What those tensors take, as far as they are there and not the weight itself."""
+        made = () if self._prepared is None else self._prepared.made
         start = self.weight.untyped_storage().data_ptr()
         return sum(one.nbytes for one in made if one.untyped_storage().data_ptr() != start)

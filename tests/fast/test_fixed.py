@@ -18,12 +18,16 @@ from refollama.fast.dots import GROUP, pairs
 from refollama.fast.fixed import (
     MOST,
     FixedProduct,
+    Largest,
     Laying,
     Rounding,
     fits,
     fixed_times,
     is_there,
     laid,
+    largest_found,
+    largest_in,
+    largest_of_rows,
     laying_of,
     product,
     rounding,
@@ -44,6 +48,7 @@ from tests.models.test_llama import all_logits
 __all__ = ["large"]  # all nets count as large
 
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+NUMBERS = torch.float16, torch.bfloat16, torch.float32
 NEAR = 0.0002  # relative: two roundings to 14 bits come to 0.00012
 
 
@@ -61,7 +66,8 @@ def test_a_sum_is_that_of_all_halves():
 
 def test_words_are_two_numbers_sixteen_apart():
     matrix = random(32, 2 * GROUP).half()
-    found, units = laid(matrix.view(2, LANES, 2, GROUP))
+    rows = matrix.view(2, LANES, 2, GROUP)
+    found, units = laid(rows, largest_in(rows))
     halves = found.view(torch.int32).numpy().view(np.int16).reshape(2, 2, 16, LANES, 2)
     for row in range(32):
         for group in range(2):
@@ -74,6 +80,8 @@ def test_words_are_two_numbers_sixteen_apart():
 def eager(path):
     """Of a path what is compiled, uncompiled."""
     made = {product(): FixedProduct(), rounding(): Rounding()}.get(path, Laying())
+    if path in [largest_of_rows(name_of(dtype)) for dtype in NUMBERS]:
+        made = Largest()
 
     def routine(given):
         found = made(*given)
@@ -102,7 +110,9 @@ def product_of(x, matrix):
     """As it is compiled, uncompiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("refollama.fast.fixed.loaded", eager)
-        found = fixed_times(x, matrix)
+        largest = largest_found(matrix)
+        assert largest is not None
+        found = fixed_times(x, matrix, largest)
     assert found is not None
     return found
 
@@ -111,7 +121,7 @@ def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", NUMBERS)
 def test_a_product_is_as_near_as_14_bits(dtype):
     matrix, x = random(48, 3 * GROUP).to(dtype), random(16, 3 * GROUP)
     x[3], matrix[5] = 0, 0
@@ -174,24 +184,20 @@ def test_one_large_value_takes_bits_from_its_32_only():
 @pytest.mark.parametrize("count", [1, 8, 19])
 @pytest.mark.parametrize("rows", [16, 80])
 def test_any_number_of_tokens_and_slabs(monkeypatch, count, rows):
-    monkeypatch.setattr("refollama.fast.fixed.loaded", eager)
     matrix, x = random(rows, 4 * GROUP).half(), random(2, count, 4 * GROUP)
-    whole = fixed_times(x, matrix)
+    whole = product_of(x, matrix)
     monkeypatch.setattr("refollama.fast.fixed.AT_ONCE", 32 * 4 * GROUP)  # two, two, one
-    assert whole is not None
     assert whole.shape == (2, count, rows)
     assert off(whole, x @ matrix.float().T) < NEAR
-    slabs = fixed_times(x, matrix)
-    assert slabs is not None
-    assert torch.equal(slabs, whole)
+    assert torch.equal(product_of(x, matrix), whole)
 
 
 def test_prompts_go_by_it_and_nothing_else(joined, monkeypatch):
     counts = []
 
-    def watched(x, matrix):
+    def watched(x, *others):
         counts.append(x.shape[:-1].numel())
-        return fixed_times(x, matrix)
+        return fixed_times(x, *others)
 
     monkeypatch.setattr("refollama.fast.fixed.fixed_times", watched)
     ours, x = joined(48, 64), tokens(FEW + 1, 64)
@@ -214,6 +220,33 @@ def test_prompts_go_by_it_and_nothing_else(joined, monkeypatch):
     assert len(counts) == 3
 
 
+def test_the_largest_of_each_32_is_found_once(joined, monkeypatch):
+    found = []
+
+    def watched(matrix):
+        found.append(largest_found(matrix))
+        return found[-1]
+
+    monkeypatch.setattr("refollama.fast.fixed.largest_found", watched)
+    ours, x = joined(48, 64), tokens(40, 64)
+    before = ours.more_bytes
+    with reading(32):
+        first = ours(x)
+        assert torch.equal(ours(x), first)
+        [largest] = found
+        assert largest is not None
+        slow = ours.prepared()[0].float().view(3, LANES, 2, GROUP).abs().amax(-1)
+        assert torch.equal(largest.float(), slow.transpose(1, 2))
+        assert ours.more_bytes - before == largest.nbytes == 48 * 2 * 2
+        ours.weight.view(torch.float16)[:] *= 2  # of what is written it is found anew
+        assert off(ours(x) - ours.bias, 2 * (first - ours.bias)) < 1e-6
+        assert len(found) == 2
+        ours.release()
+        assert ours.more_bytes == before
+        monkeypatch.setattr("refollama.fast.fixed.largest_found", lambda matrix: None)
+        assert torch.equal(ours(x), by_slabs(ours, x))  # its routine is gone
+
+
 def test_matrices_that_fill_no_lanes_go_on_as_they_did(joined):
     ours, x = joined(49, 64), tokens(40, 64)
     assert [fits(48, 64), fits(49, 64), fits(48, 72), fits(0, 64)] == [True, False, False, False]
@@ -224,7 +257,7 @@ def test_matrices_that_fill_no_lanes_go_on_as_they_did(joined):
 def test_without_vectors_there_are_routines_for_rows_alone(place, monkeypatch):  # noqa: F811
     """Neither is a sum of pairs an instruction there, nor can it be compiled."""
     net = net_of("F16")
-    assert len(_jobs(net)) == 6
+    assert len(_jobs(net)) == 7
     monkeypatch.setattr("refollama.fast.fixed.has_avx2", lambda: False)
     assert len(_jobs(net)) == 3
     assert lacking(net) == ["float16"]
