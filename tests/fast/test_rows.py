@@ -120,7 +120,7 @@ def test_compiled_rows_are_exact_and_alike_beside_others(place, kind):  # noqa: 
     old = net.get_submodule(kind)
     assert type(old) is HalfLinear
     assert warm(net, told=lambda *done: told.append(done)) == 0  # there are no blocks
-    assert told == [(done, 6) for done in range(7)]  # three for prompts, too
+    assert told == [(done, 7) for done in range(8)]  # four for prompts, too
     assert has_routines(net)
     assert not lacking(net)
     assert net.get_submodule(kind) is old
