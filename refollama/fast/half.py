@@ -101,9 +101,9 @@ class HalfLinear(PreparedLinear):
             return None
         if may_round(x):
             return compiled_rows_times(x, *self.prepared()) if self.has_routines else None
-        return self._in_fixed_point(x) if self.in_fixed_point else None
+        return self._fixed_times(x) if self.in_fixed_point else None
 
-    def _in_fixed_point(self, x: Tensor) -> Tensor | None:
+    def _fixed_times(self, x: Tensor) -> Tensor | None:
         self._largest = found = self.made_once(self._largest, self._find_largest)
         return fixed.fixed_times(x, *self.prepared(), *found.made) if found.made else None
 
