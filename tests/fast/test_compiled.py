@@ -67,7 +67,7 @@ def made(request, tmp_path_factory):
         net = net_of(path)
         assert not any(isinstance(block, CompiledBlock) for block in net.blk)
         assert warm(net, told=lambda *done: told.append(done)) == len(net.blk)
-        # Three products of a type in lanes, three of rows as they lie, three of prompts by such,
+        # Three products of a type in lanes, three of rows as they lie, four of prompts by such,
         # where their height is a multiple of 16; two of a block.
         total = {"lanes": 3 + 3 + 2, "float16": 3 + 4 + 2, "small": 2}[request.param]
         assert told[0] == (0, total)

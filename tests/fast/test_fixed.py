@@ -79,9 +79,9 @@ def test_words_are_two_numbers_sixteen_apart():
 
 def eager(path):
     """Of a path what is compiled, uncompiled."""
-    made = {product(): FixedProduct(), rounding(): Rounding()}.get(path, Laying())
-    if path in [largest_of_rows(name_of(dtype)) for dtype in NUMBERS]:
-        made = Largest()
+    others = {product(): FixedProduct(), rounding(): Rounding()}
+    others |= {largest_of_rows(name_of(dtype)): Largest() for dtype in NUMBERS}
+    made = others.get(path, Laying())
 
     def routine(given):
         found = made(*given)
